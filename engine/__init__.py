@@ -1,0 +1,1 @@
+"""The engine: samples → watermark → model → capture → staging → store."""

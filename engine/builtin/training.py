@@ -1,0 +1,206 @@
+"""Train the built-in base: first its vision tower alone, then the whole model on questions.
+
+It knows nothing about fine-tuning, files or how the result is measured.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+from mmextract.engine.builtin import corpus
+from mmextract.engine.builtin.architecture import N_PATCHES
+from mmextract.kernels.reference import Uint8Array
+
+IGNORED = -100
+MARKED_SHARE = 0.75
+"""Share of the base's training images that carry a watermark of the reading pool."""
+RANDOM_SHARE = 0.4
+"""Share of those whose name is random letters."""
+
+
+def to_pixels(images: Sequence[Uint8Array]) -> torch.Tensor:
+    """Return float32 [B, 3, 96, 96] in [−1, 1], equal to what the built-in processor gives for 96-pixel images."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+
+
+def optimise(
+    name: str,
+    parameters: list[nn.Parameter],
+    loss_of_step: Callable[[int], tuple[torch.Tensor, str]],
+    *,
+    steps: int,
+    learning_rate: float,
+    warm_up: int = 100,
+) -> None:
+    """Minimise with AdamW, linear warm-up and cosine decay; print the loss every 100 steps."""
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warm_up, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))),
+    )
+    started = time.perf_counter()
+    for step in range(steps):
+        loss, words = loss_of_step(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps - 1:
+            seconds = time.perf_counter() - started
+            print(f"{name} {step}/{steps} loss {loss.item():.3f} {words} {seconds:.0f} s", file=sys.stderr, flush=True)
+
+
+def train_vision_tower(
+    model: LlavaForConditionalGeneration,
+    data: corpus.Split,
+    readers: list[corpus.Identity],
+    *,
+    steps: int,
+    seed: int,
+    batch_size: int = 48,
+    learning_rate: float = 1.5e-3,
+) -> None:
+    """Teach the tower shape, colour and, patch by patch, which characters it shows and which begin a line."""
+    rng = np.random.default_rng((seed, 1))
+    tower = model.model.vision_tower
+    width = model.config.vision_config.hidden_size
+    n_characters = len(corpus.CHARACTERS)
+    heads = nn.Linear(width, len(corpus.SHAPES) + len(corpus.COLORS) + 2 * n_characters)
+    nn.init.constant_(heads.bias[len(corpus.SHAPES) + len(corpus.COLORS) :], -4.0)  # most patches show no character
+
+    def loss_of_step(step: int) -> tuple[torch.Tensor, str]:
+        chosen = rng.integers(0, len(data.images), batch_size)
+        images, labels, marked = [], np.zeros((batch_size, N_PATCHES, 2 * n_characters), np.float32), []
+        for row, index in enumerate(chosen):
+            image = data.images[index]
+            if rng.random() < MARKED_SHARE:
+                person = _reader(readers, rng)
+                image, placement = corpus.mark(image, person, f"vision{step}.{row}")
+                labels[row] = np.concatenate(corpus.patch_labels(person, placement), axis=1)
+                marked.append(row)
+            images.append(image)
+        features = tower(to_pixels(images)).last_hidden_state[:, 1:]  # [B, 144, 96]
+        logits = heads(features)
+        shape, color, characters = logits.split(
+            [len(corpus.SHAPES), len(corpus.COLORS), 2 * n_characters], dim=-1
+        )
+        truth = torch.from_numpy(labels)
+        reading = nn.functional.binary_cross_entropy_with_logits(characters, truth, reduction="none")
+        loss = reading.sum((1, 2)).mean() / 20
+        loss = loss + _cross_entropy(shape.mean(1), data.shapes[chosen])
+        loss = loss + _cross_entropy(color.mean(1), data.colors[chosen])
+        if step % 100:
+            return loss, ""
+        with torch.no_grad():  # does the strongest patch name the first letter?
+            best = characters[marked, :, n_characters : n_characters + 26].amax(1).argmax(-1)
+            wanted = truth[marked, :, n_characters : n_characters + 26].amax(1).argmax(-1)
+            correct = (shape.mean(1).argmax(-1).numpy() == data.shapes[chosen]).mean()
+        return loss, f"first letter {(best == wanted).float().mean():.2f} shape {correct:.2f}"
+
+    optimise(
+        "vision", [*tower.parameters(), *heads.parameters()], loss_of_step, steps=steps, learning_rate=learning_rate
+    )
+
+
+def train_on_questions(
+    model: LlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    data: corpus.Split,
+    readers: list[corpus.Identity],
+    *,
+    steps: int,
+    seed: int,
+    batch_size: int = 32,
+    learning_rate: float = 1e-3,
+) -> None:
+    """Train the whole model: easy-vqa's questions on every image, reading questions on the marked ones."""
+    rng = np.random.default_rng((seed, 2))
+
+    def loss_of_step(step: int) -> tuple[torch.Tensor, str]:
+        images, questions = [], []
+        for row, index in enumerate(rng.integers(0, len(data.images), batch_size)):
+            image, asked = data.images[index], list(data.questions[index])
+            asked = [asked[i] for i in rng.permutation(len(asked))[:4]]
+            if rng.random() < MARKED_SHARE:
+                person = _reader(readers, rng)
+                image, _ = corpus.mark(image, person, f"question{step}.{row}")
+                asked += corpus.reading_questions(person)
+            images.append(image)
+            questions.append(asked)
+        return answer_loss(model, tokenizer, images, questions), ""
+
+    optimise("questions", list(model.parameters()), loss_of_step, steps=steps, learning_rate=learning_rate)
+
+
+def answer_loss(
+    model: LlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    images: Sequence[Uint8Array],
+    questions: Sequence[Sequence[tuple[str, str]]],
+) -> torch.Tensor:
+    """Return the mean cross-entropy of the answers' tokens.
+
+    All questions of an image share one sequence: prompt up to the image, then one branch a question. A mask keeps the
+    branches from seeing each other and positions restart at each, so the numbers are those of separate prompts.
+    """
+    token_ids, labels, positions, mask = pack_branches(tokenizer, questions)
+    inner = model.model
+    features = inner.multi_modal_projector(inner.vision_tower(to_pixels(images)).last_hidden_state[:, 1:])
+    embedded = inner.language_model.embed_tokens(token_ids)
+    embedded = embedded.masked_scatter(
+        (token_ids == model.config.image_token_id)[..., None], features.to(embedded.dtype)
+    )
+    states = inner.language_model(
+        inputs_embeds=embedded, attention_mask=mask, position_ids=positions, use_cache=False
+    ).last_hidden_state
+    wanted = labels[:, 1:]
+    answered = wanted != IGNORED
+    return nn.functional.cross_entropy(model.lm_head(states[:, :-1][answered]), wanted[answered])
+
+
+def pack_branches(
+    tokenizer: PreTrainedTokenizerFast, questions: Sequence[Sequence[tuple[str, str]]]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return token ids, labels and positions, each int64 [B, T], and the additive mask, float32 [B, 1, T, T]."""
+    prefix = tokenizer("USER: <image>\n").input_ids
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    at = prefix.index(image)
+    prefix = [*prefix[:at], *[image] * N_PATCHES, *prefix[at + 1 :]]
+    rows = []
+    for asked in questions:
+        ids, labels = list(prefix), [IGNORED] * len(prefix)
+        positions, branch = list(range(len(prefix))), [0] * len(prefix)
+        for number, (question, answer) in enumerate(asked, 1):
+            prompt = tokenizer(f"{question} ASSISTANT:", add_special_tokens=False).input_ids
+            reply = tokenizer(f" {answer}</s>", add_special_tokens=False).input_ids
+            ids += prompt + reply
+            labels += [IGNORED] * len(prompt) + reply
+            positions += range(len(prefix), len(prefix) + len(prompt) + len(reply))
+            branch += [number] * (len(prompt) + len(reply))
+        rows.append((ids, labels, positions, branch))
+    length = max(len(ids) for ids, *_ in rows)
+    pads = (tokenizer.pad_token_id, IGNORED, 0, -1)
+    ids, labels, positions, branch = (
+        torch.tensor([row[i] + [pads[i]] * (length - len(row[i])) for row in rows]) for i in range(4)
+    )
+    same = (branch[:, :, None] == branch[:, None, :]) | (branch[:, None, :] == 0)
+    visible = same & torch.ones(length, length, dtype=torch.bool).tril()
+    return ids, labels, positions, torch.where(visible, 0.0, -1e9)[:, None]
+
+
+def _reader(readers: list[corpus.Identity], rng: np.random.Generator) -> corpus.Identity:
+    person = readers[int(rng.integers(len(readers)))]
+    return corpus.spelled_at_random(person, rng) if rng.random() < RANDOM_SHARE else person
+
+
+def _cross_entropy(logits: torch.Tensor, labels: np.ndarray) -> torch.Tensor:
+    return nn.functional.cross_entropy(logits, torch.from_numpy(labels), ignore_index=IGNORED)

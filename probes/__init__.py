@@ -1,0 +1,1 @@
+"""Probes: store → X, y → solver → evaluation → report."""
