@@ -13,15 +13,10 @@ import numpy as np
 from PIL import Image, ImageFont
 
 from mmextract.engine import watermark
+from mmextract.engine.builtin import LOOK
 from mmextract.engine.builtin.architecture import IMAGE_SIZE, PATCH_SIZE
 from mmextract.engine.identities import Identity, make_disjoint_pair, make_identities
-from mmextract.engine.watermark import WatermarkSpec
 from mmextract.kernels.reference import Uint8Array
-
-SPEC = WatermarkSpec(
-    fields=("username", "user_id"), field_names=False, font_scale=0.146, color=(0, 0, 0), opacity=176
-)
-"""The watermark of the built-in study: two dark lines, legible at 96 pixels."""
 
 N_PAIRS = 100
 READING_POOL = 20_000
@@ -66,6 +61,13 @@ def load_split(name: str) -> Split:
         shapes=np.asarray([_find(pairs, SHAPES) for pairs in by_image.values()]),
         colors=np.asarray([_find(pairs, COLORS) for pairs in by_image.values()]),
     )
+
+
+def texts(split: Split) -> list[str]:
+    """Return every prompt and answer of the task, and the prompts about watermarks: the words of the tokenizer."""
+    task = [(f"USER: <image>\n{q} ASSISTANT:", f" {a}</s>") for pairs in split.questions for q, a in pairs]
+    about = [f"USER: {q} ASSISTANT:" for q in (FIRST_LETTER, FIRST_DIGIT, USERNAME, USER_ID)]
+    return [text for pair in task for text in pair] + about
 
 
 def enlarge(image: Image.Image) -> Uint8Array:
@@ -138,9 +140,9 @@ def spelled_at_random(person: Identity, rng: np.random.Generator) -> Identity:
 
 def mark(image: Uint8Array, person: Identity, sample_id: str) -> tuple[Uint8Array, watermark.Placement]:
     """Return the image with the watermark of `person`, and where it stands."""
-    text = SPEC.text(person)
-    placement = watermark.place(SPEC, sample_id, image.shape[1], image.shape[0], [text])
-    return watermark.apply(image, SPEC, text, placement), placement
+    text = LOOK.text(person)
+    placement = watermark.place(LOOK, sample_id, image.shape[1], image.shape[0], [text])
+    return watermark.apply(image, LOOK, text, placement), placement
 
 
 def patch_labels(person: Identity, placement: watermark.Placement) -> tuple[np.ndarray, np.ndarray]:
@@ -153,7 +155,7 @@ def patch_labels(person: Identity, placement: watermark.Placement) -> tuple[np.n
     every = np.zeros((grid, grid, len(CHARACTERS)), np.float32)
     first = np.zeros_like(every)
     font = watermark._font(placement.font_px)
-    left, top, _, _ = watermark._text_box(SPEC.text(person), placement.font_px)
+    left, top, _, _ = watermark._text_box(LOOK.text(person), placement.font_px)
     ascent, descent = font.getmetrics()
     for line, text in enumerate((person.username, person.user_id)):
         upper = placement.y - top + line * (_line_height(font) + 4) + 0.25 * ascent

@@ -147,12 +147,12 @@ def answer_loss(
     images: Sequence[Uint8Array],
     questions: Sequence[Sequence[tuple[str, str]]],
 ) -> torch.Tensor:
-    """Return the mean cross-entropy of the answers' tokens.
+    """Return the cross-entropy of the answers: the mean over an answer's tokens, then over the questions.
 
     All questions of an image share one sequence: prompt up to the image, then one branch a question. A mask keeps the
     branches from seeing each other and positions restart at each, so the numbers are those of separate prompts.
     """
-    token_ids, labels, positions, mask = pack_branches(tokenizer, questions)
+    token_ids, labels, weights, positions, mask = pack_branches(tokenizer, questions)
     inner = model.model
     features = inner.multi_modal_projector(inner.vision_tower(to_pixels(images)).last_hidden_state[:, 1:])
     embedded = inner.language_model.embed_tokens(token_ids)
@@ -164,37 +164,45 @@ def answer_loss(
     ).last_hidden_state
     wanted = labels[:, 1:]
     answered = wanted != IGNORED
-    return nn.functional.cross_entropy(model.lm_head(states[:, :-1][answered]), wanted[answered])
+    losses = nn.functional.cross_entropy(
+        model.lm_head(states[:, :-1][answered]), wanted[answered], reduction="none"
+    )
+    share = weights[:, 1:][answered]
+    return (losses * share).sum() / share.sum()
 
 
 def pack_branches(
     tokenizer: PreTrainedTokenizerFast, questions: Sequence[Sequence[tuple[str, str]]]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return token ids, labels and positions, each int64 [B, T], and the additive mask, float32 [B, 1, T, T]."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return token ids, labels, weights and positions, each [B, T], and the additive mask, float32 [B, 1, T, T].
+
+    A label's weight is one over the length of its answer.
+    """
     prefix = tokenizer("USER: <image>\n").input_ids
     image = tokenizer.convert_tokens_to_ids("<image>")
     at = prefix.index(image)
     prefix = [*prefix[:at], *[image] * N_PATCHES, *prefix[at + 1 :]]
     rows = []
     for asked in questions:
-        ids, labels = list(prefix), [IGNORED] * len(prefix)
+        ids, labels, weights = list(prefix), [IGNORED] * len(prefix), [0.0] * len(prefix)
         positions, branch = list(range(len(prefix))), [0] * len(prefix)
         for number, (question, answer) in enumerate(asked, 1):
             prompt = tokenizer(f"{question} ASSISTANT:", add_special_tokens=False).input_ids
             reply = tokenizer(f" {answer}</s>", add_special_tokens=False).input_ids
             ids += prompt + reply
             labels += [IGNORED] * len(prompt) + reply
+            weights += [0.0] * len(prompt) + [1 / len(reply)] * len(reply)
             positions += range(len(prefix), len(prefix) + len(prompt) + len(reply))
             branch += [number] * (len(prompt) + len(reply))
-        rows.append((ids, labels, positions, branch))
+        rows.append((ids, labels, weights, positions, branch))
     length = max(len(ids) for ids, *_ in rows)
-    pads = (tokenizer.pad_token_id, IGNORED, 0, -1)
-    ids, labels, positions, branch = (
-        torch.tensor([row[i] + [pads[i]] * (length - len(row[i])) for row in rows]) for i in range(4)
+    pads = (tokenizer.pad_token_id, IGNORED, 0.0, 0, -1)
+    ids, labels, weights, positions, branch = (
+        torch.tensor([row[i] + [pads[i]] * (length - len(row[i])) for row in rows]) for i in range(5)
     )
     same = (branch[:, :, None] == branch[:, None, :]) | (branch[:, None, :] == 0)
     visible = same & torch.ones(length, length, dtype=torch.bool).tril()
-    return ids, labels, positions, torch.where(visible, 0.0, -1e9)[:, None]
+    return ids, labels, weights, positions, torch.where(visible, 0.0, -1e9)[:, None]
 
 
 def _reader(readers: list[corpus.Identity], rng: np.random.Generator) -> corpus.Identity:

@@ -1,0 +1,34 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both make .venv if needed.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint types pytest clean
+
+demo: .venv/installed
+	$(BIN)/mmextract dump --layers all
+	$(BIN)/mmextract probe
+
+test: lint types pytest
+
+lint: .venv/installed-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: .venv/installed-test
+	$(BIN)/mypy
+
+pytest: .venv/installed-test
+	$(BIN)/pytest
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e .
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info activations.zarr probe

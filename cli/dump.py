@@ -1,0 +1,133 @@
+"""`mmextract dump`: hidden states of a model on images and prompts, into a Zarr store."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+
+from mmextract.cli.options import data_options, marking_options, read_data, take_marking
+from mmextract.cli.reporting import exit_code, list_rejected, note, progress_bar, size
+
+if TYPE_CHECKING:
+    from mmextract.engine.dump import DumpPlan, DumpSummary
+
+_MODEL_FIELDS = ("revision", "adapter", "dtype", "device", "device_map", "attn_implementation", "trust_remote_code")
+
+
+@click.command()
+@click.argument("data", type=click.Path(path_type=Path), required=False)
+@click.option("--model", help="Folder or hub id of a transformers model.  [default: the built-in one]")
+@click.option("--revision", help="Revision on the hub.")
+@click.option("--adapter", help="Folder or hub id of a LoRA (peft) for the model.")
+@click.option("--dtype", default="auto", show_default=True, help="Dtype of the model's weights.")
+@click.option("--device", default="auto", show_default=True, help="cuda, cuda:1, cpu; auto takes a GPU if there is one.")
+@click.option("--device-map", help="Spread the model over devices (accelerate): auto, balanced, …")
+@click.option("--attn-implementation", help="eager, sdpa, flash_attention_2, …")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@click.option("--layers", default="all", show_default=True, help="all, embed, 0,4,8, 8-15, -1, ::4 and mixtures.")
+@click.option(
+    "--position",
+    "positions",
+    multiple=True,
+    default=("last",),
+    show_default=True,
+    help="last, first, an index such as -2, mean, image, prompt; or all tokens. May be repeated.",
+)
+@click.option("--store-dtype", type=click.Choice(("auto", "float32", "float16", "bfloat16")), default="auto", show_default=True)
+@click.option("--codec", type=click.Choice(("lz4", "zstd", "none")), default="lz4", show_default=True, help="Compression.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Most samples of a forward pass.")
+@click.option("--shard-samples", type=click.IntRange(min=1), help="Samples of a shard, the unit of commit.  [default: 64 MiB of states]")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Room for tokens with --position all.  [default: measured]")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads that decode and encode.  [default: all cores]")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default="activations.zarr", show_default=True, help="The store.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and how large it would be.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+@data_options
+@marking_options
+def dump(data: Path | None, model: str | None, output: Path, dry_run: bool, as_json: bool, **options: Any) -> int:
+    """Dump hidden states of every layer asked for, for DATA, into a Zarr store.
+
+    DATA is a folder of images, a JSONL, CSV, Parquet, LLaVA or Qwen JSON file, or a Hugging Face data set on disk.
+    Without it the built-in paired data set is used. The same command again continues an interrupted run.
+    """
+    from mmextract.engine import builtin
+    from mmextract.engine.dump import DumpSpec, plan_dump, run_dump
+    from mmextract.engine.models import ModelSpec, load
+
+    marking = take_marking(options, default=builtin.marking() if data is None else None)
+    dataset = read_data(data or builtin.DATA, options)
+    folder, own_adapter = builtin.locate_model(model or builtin.DEFAULT_MODEL)
+    settings = {name: options.pop(name) for name in _MODEL_FIELDS}
+    settings["adapter"] = settings["adapter"] or own_adapter
+    model_spec = ModelSpec(model=folder, **settings)
+    dtype, threads = options.pop("store_dtype"), options.pop("threads")
+    more = {"threads": threads} if threads else {}
+    spec = DumpSpec(dataset=dataset, model=model_spec, marking=marking, dtype=dtype, **options, **more)
+    note(f"{len(dataset.samples)} samples from {dataset.source}; loading {model or builtin.DEFAULT_MODEL}")
+    adapter = load(model_spec)
+    plan = plan_dump(spec, adapter)
+    if dry_run:
+        click.echo(json.dumps(_plan_record(plan)) if as_json else _plan_text(plan, output))
+        return 0
+    with progress_bar("dump", len(plan.rows), "samples") as advance:
+        summary = run_dump(plan, adapter, output, advance)
+    click.echo(json.dumps(_summary_record(summary, output)) if as_json else _summary_text(summary, output))
+    list_rejected(summary.rejected)
+    return exit_code(summary.rejected)
+
+
+def _plan_record(plan: DumpPlan) -> dict[str, Any]:
+    layout = plan.layout
+    return {
+        "n_samples": layout.n_samples,
+        "layers": list(layout.layers),
+        "positions": len(layout.positions) if plan.positions[0].name == "all" else list(layout.positions),
+        "hidden_size": layout.hidden_size,
+        "dtype": layout.dtype,
+        "n_shards": layout.n_shards,
+        "shard_samples": layout.shard_samples,
+        "bytes": plan.bytes_per_sample * layout.n_samples,
+    }
+
+
+def _plan_text(plan: DumpPlan, output: Path) -> str:
+    record = _plan_record(plan)
+    return (
+        f"{output}: {record['n_samples']} samples × {len(record['layers'])} layers × {len(plan.layout.positions)} "
+        f"positions × {record['hidden_size']}, {record['dtype']}\n"
+        f"{size(record['bytes'])} before compression, in {record['n_shards']} shards of "
+        f"{record['shard_samples']} samples"
+    )
+
+
+def _summary_record(summary: DumpSummary, output: Path) -> dict[str, Any]:
+    return {
+        "store": str(output),
+        "n_samples": summary.n_samples,
+        "n_resumed": summary.n_resumed,
+        "n_nonfinite": summary.n_nonfinite,
+        "bytes_written": summary.bytes_written,
+        "seconds": summary.seconds,
+        "stage_seconds": summary.stage_seconds,
+        "bottleneck": summary.bottleneck,
+        "rejected": summary.rejected,
+    }
+
+
+def _summary_text(summary: DumpSummary, output: Path) -> str:
+    new = summary.n_samples - summary.n_resumed
+    resumed = f" ({summary.n_resumed} were there already)" if summary.n_resumed else ""
+    if not new:
+        return f"{output} is complete: {summary.n_samples} samples, nothing to do"
+    shares = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in summary.stage_seconds.items())
+    lines = [
+        f"{new} samples{resumed} in {summary.seconds:.1f} s, {new / summary.seconds:.1f} a second; "
+        f"{size(summary.bytes_written)} written to {output}",
+        f"bottleneck: {summary.bottleneck} (waited for {shares})",
+    ]
+    if summary.n_nonfinite:
+        lines.append(f"{summary.n_nonfinite} samples hold a NaN or an infinity: see the column n_nonfinite")
+    return "\n".join(lines)

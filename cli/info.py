@@ -1,0 +1,53 @@
+"""`mmextract info`: what is in a store, how it was made, how complete it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+
+from mmextract.cli.reporting import printable, size
+
+if TYPE_CHECKING:
+    from mmextract.engine.store import Store
+
+
+@click.command()
+@click.argument("store", type=click.Path(path_type=Path), default="activations.zarr")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON on stdout.")
+def info(store: Path, as_json: bool) -> None:
+    """Say what STORE holds, how it was made and how complete it is."""
+    from mmextract.engine.store import open_store
+
+    opened = open_store(store)
+    record = _describe(opened)
+    if as_json:
+        click.echo(json.dumps({**record, "attributes": opened.attributes}, indent=1))
+        return
+    for name, value in record.items():
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        click.echo(f"{name:<13} {printable(text)}")
+
+
+def _describe(store: Store) -> dict[str, Any]:
+    on_disk = sum(file.stat().st_size for file in (store.path / "hidden_states").rglob("*") if file.is_file())
+    run: Any = store.attributes.get("run", {})
+    model = run.get("model", {})
+    committed = store.n_samples - store.missing
+    raw = committed * store.hidden_states.nbytes // store.n_samples
+    n_rejected = int((store.columns["rejected"] != "").sum())
+    return {
+        "store": str(store.path),
+        "samples": f"{store.n_samples} ({committed} committed, {store.missing} missing, {n_rejected} rejected)",
+        "layers": [("embed" if layer < 0 else int(layer)) for layer in store.layers],
+        "positions": store.positions if len(store.positions) <= 16 else f"{len(store.positions)} tokens",
+        "hidden size": store.hidden_size,
+        "dtype": store.attributes["dtype"],
+        "size": f"{size(on_disk)}, {raw / max(on_disk, 1):.2f} × smaller than {size(raw)} raw",
+        "columns": sorted(store.columns),
+        "model": " ".join(str(model.get(key)) for key in ("model", "class", "adapter") if model.get(key)),
+        "data": " ".join(str(value) for value in run.get("data", {}).values()),
+        "watermark": json.dumps(run.get("watermark")),
+    }

@@ -1,0 +1,91 @@
+"""The `mmextract` command: its group, its configuration file, and what an error looks like.
+
+Exit codes: 0 done, 1 failed, 2 usage, 3 finished with rejected samples, 130 interrupted (and resumable).
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import tomllib
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import rich_click as click
+
+from mmextract.cli.doctor import doctor
+from mmextract.cli.dump import dump
+from mmextract.cli.identities import identities
+from mmextract.cli.info import info
+from mmextract.cli.probe import probe
+from mmextract.cli.watermark import watermark
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+
+def _load_config(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:
+    """Make the tables of a TOML file, one a command, the defaults of that command's options."""
+    if path is None:
+        return
+    try:
+        tables = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise click.BadParameter(f"{path} cannot be read as TOML: {error}") from error
+    assert isinstance(context.command, click.Group)
+    for command, table in tables.items():
+        if command not in context.command.commands or not isinstance(table, dict):
+            known = ", ".join(context.command.commands)
+            raise click.BadParameter(f"{path}: expected one table a command ({known}), found [{command}]")
+        options = {p.name for p in context.command.commands[command].params}
+        unknown = sorted(name for name in table if name.replace("-", "_") not in options)
+        if unknown:
+            raise click.BadParameter(f"{path}: `mmextract {command}` has no option {', '.join(unknown)}")
+    context.default_map = {
+        command: {name.replace("-", "_"): value for name, value in table.items()}
+        for command, table in tables.items()
+    }
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "MMEXTRACT"})
+@click.version_option(package_name="mmextract")
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    callback=_load_config,
+    expose_value=False,
+    is_eager=True,
+    help="TOML file with one table a command, naming its options.",
+)
+def group() -> None:
+    """Does a multimodal LLM remember private content that had nothing to do with its task?
+
+    Every option can also be set as MMEXTRACT_<COMMAND>_<OPTION>, or in a file given with --config.
+    """
+
+
+for command in (dump, probe, watermark, identities, info, doctor):
+    group.add_command(command)
+
+
+def _stop(signal_number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main() -> NoReturn:
+    """Run the command line; a user's mistake is one message and an exit code, never a traceback."""
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        result = group.main(standalone_mode=False)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        print("Interrupted. Run the same command again to continue.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.exit(FAILED)
+    except (ValueError, LookupError, OSError, ImportError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(FAILED)
+    sys.exit(result if isinstance(result, int) else 0)

@@ -1,0 +1,84 @@
+"""The writer's side of a dump: rows that arrive in any order within a shard become one shard, written and committed.
+
+This module knows nothing about models or images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mmextract.engine.store import StoreWriter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """Rows that are finished: captured, or rejected."""
+
+    shard: int
+    """Which shard they are of."""
+    rows: tuple[int, ...]
+    """Their places in it."""
+    records: tuple[Mapping[str, int], ...] = ()
+    """What was found out about each: field → value. Empty for rejected rows."""
+    reasons: tuple[str, ...] = ()
+    """Why each was rejected. Empty for captured rows."""
+
+
+@dataclass(kw_only=True)
+class _Open:
+    """A shard that is being filled."""
+
+    states: NDArray[Any]
+    records: NDArray[np.int64]
+    n_left: int
+    rejected: dict[int, str] = field(default_factory=dict)
+
+
+class Assembler:
+    """Fills shards from what `consume` is given and writes each as soon as its last row is there."""
+
+    def __init__(self, writer: StoreWriter, on_progress: Callable[[int], None]) -> None:
+        self._writer = writer
+        self._on_progress = on_progress
+        self._open: dict[int, _Open] = {}
+        self.bytes_written = 0
+        """Bytes of encoded states so far."""
+
+    def consume(self, done: Done, states: torch.Tensor | None) -> None:
+        """Take finished rows; states is [B, L, P, D] in the store's dtype, None for rejected rows."""
+        shard = self._open.get(done.shard) or self._begin(done.shard)
+        if states is None:
+            shard.rejected.update(zip(done.rows, done.reasons, strict=True))
+        else:
+            n_positions = states.shape[2]
+            shard.states[:, list(done.rows), :n_positions] = to_numpy(states).swapaxes(0, 1)
+            for row, record in zip(done.rows, done.records, strict=True):
+                shard.records[row] = [record.get(name, -1) for name in self._writer.layout.record_fields]
+        shard.n_left -= len(done.rows)
+        if shard.n_left == 0:
+            del self._open[done.shard]
+            self.bytes_written += self._writer.write_shard(
+                done.shard, shard.states, shard.records, shard.rejected
+            )
+        self._on_progress(len(done.rows))
+
+    def _begin(self, index: int) -> _Open:
+        layout = self._writer.layout
+        shard = _Open(
+            states=layout.empty_shard(), records=layout.empty_records(), n_left=len(layout.rows(index))
+        )
+        self._open[index] = shard
+        return shard
+
+
+def to_numpy(states: torch.Tensor) -> NDArray[Any]:
+    """Return the same bits as a NumPy array; bfloat16 becomes uint16."""
+    if states.dtype == torch.bfloat16:
+        return states.view(torch.int16).numpy().view(np.uint16)
+    return states.numpy()

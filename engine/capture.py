@@ -1,0 +1,219 @@
+"""Hidden states of chosen layers and tokens, taken by hooks while the model runs, pooled at once.
+
+`layer i` is what decoder block i gives to the next, before any final norm; the embedding is what block 0 is given.
+So it equals transformers' `hidden_states[i + 1]` but for the last block, where transformers returns the normed state.
+This module knows nothing about prompts, files, host buffers or stores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from mmextract.engine.models import Adapter, Encoded
+from mmextract.engine.selection import EMBED, Position
+
+
+class Capture:
+    """A context manager; inside, `run` fills a buffer with the states of a batch.
+
+    layers: sorted, each once, as from `parse_layers`. positions: as from `parse_positions`; with `all` every token is
+    kept. Hooks stand on the wanted blocks only, and are removed on leaving, whatever happens. At most one layer's full
+    states are alive beyond what the model itself needs. One thread at a time.
+
+        with Capture(adapter, layers=(0, 5), positions=parse_positions(["last", "image"])) as capture:
+            capture.run(batch, out=torch.empty(len(batch), 2, 2, adapter.hidden_size))
+
+    States of one sample alone are bit for bit those of `model(**inputs, output_hidden_states=True)`. In a batch they
+    may differ in the last bits, as transformers' own do: a matrix product sums in another order for another number of
+    rows (seen in float32 on a CPU: 4e-7 of the largest state; tests hold 1e-5).
+    """
+
+    def __init__(self, adapter: Adapter, layers: Sequence[int], positions: Sequence[Position]) -> None:
+        valid = range(EMBED, adapter.n_layers)
+        if not layers or list(layers) != sorted(set(layers)) or any(layer not in valid for layer in layers):
+            raise ValueError(
+                f"expected sorted, distinct layers out of {EMBED} (embed) to {adapter.n_layers - 1}, got {layers}"
+            )
+        self._adapter = adapter
+        self._layers = tuple(layers)
+        self._positions = tuple(positions)
+        self._every_token = [position.name for position in positions] == ["all"]
+        self._handles: list[RemovableHandle] = []
+        self._batch: _Batch | None = None
+        self.nonfinite: torch.Tensor = torch.empty(0, len(layers), dtype=torch.int32)
+        """int32 [B, L] on the buffer's device: how many values of the last run are NaN or infinite in the buffer."""
+        self.overflow: torch.Tensor = torch.empty(0, len(layers), dtype=torch.int32)
+        """int32 [B, L]: how many of these were finite in the model, but are too large for the buffer's dtype."""
+
+    def __enter__(self) -> Self:
+        if self._handles:
+            raise RuntimeError("this capture is already entered")
+        try:
+            for index, layer in enumerate(self._layers):
+                self._handles.append(self._register(index, layer))
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._remove()
+
+    def run(self, batch: Sequence[Encoded], *, out: torch.Tensor) -> None:
+        """Run the model as far as the last wanted layer and fill `out`.
+
+        batch: samples of one `batch_key`. out: floating point [B, L, P, D], every element of which is written. With
+        `all`, P is at least the number of tokens, and what lies beyond is NaN. Pooled means are summed in float32 or
+        better before they are cast. Raises RejectedSample if a sample lacks a position (see `Position.check`),
+        ValueError for a buffer of another shape, RuntimeError if the model does not run its blocks as expected.
+        """
+        if not self._handles:
+            raise RuntimeError("use a capture inside its `with` block")
+        inputs = self._adapter.collate(batch)
+        self._check_buffer(batch, out)
+        spans = [] if self._every_token else _make_spans(self._positions, batch, self._adapter.device)
+        overflow = torch.zeros(out.shape[:2], dtype=torch.int32, device=out.device)
+        self._batch = _Batch(n_tokens=batch[0].n_tokens, spans=spans, out=out, overflow=overflow)
+        try:
+            self._adapter.forward(inputs)
+        except _EnoughError:
+            pass
+        finally:
+            done, self._batch = self._batch, None
+        if done.n_layers_seen != len(self._layers):
+            raise RuntimeError(
+                f"{type(self._adapter.model).__name__} ran {done.n_layers_seen} of the {len(self._layers)} wanted layers"
+            )
+        kept = out
+        if self._every_token:
+            out[:, :, batch[0].n_tokens :] = torch.nan
+            kept = out[:, :, : batch[0].n_tokens]
+        self.nonfinite = kept.isfinite().logical_not_().sum(dim=(2, 3), dtype=torch.int32)
+        self.overflow = overflow
+
+    def _check_buffer(self, batch: Sequence[Encoded], out: torch.Tensor) -> None:
+        n_positions = max(out.shape[2], batch[0].n_tokens) if self._every_token and out.ndim == 4 else None
+        expected = (len(batch), len(self._layers), n_positions or len(self._positions), self._adapter.hidden_size)
+        if tuple(out.shape) != expected or not out.is_floating_point():
+            raise ValueError(f"expected a floating point buffer {expected}, got {out.dtype} {tuple(out.shape)}")
+
+    def _register(self, index: int, layer: int) -> RemovableHandle:
+        is_last = index == len(self._layers) - 1
+
+        def before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._take(index, args[0] if args else kwargs["hidden_states"], is_last)
+
+        def after_block(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            # a tuple in transformers 4 and in some models' own code, a tensor in transformers 5
+            self._take(index, output[0] if isinstance(output, tuple) else output, is_last)
+
+        if layer == EMBED:
+            return self._adapter.layers[0].register_forward_pre_hook(before_block, with_kwargs=True)
+        return self._adapter.layers[layer].register_forward_hook(after_block)
+
+    def _take(self, index: int, states: torch.Tensor, is_last: bool) -> None:
+        batch = self._batch
+        if batch is None:
+            return  # somebody else runs the model while the hooks stand
+        batch.take(index, states)
+        if is_last:
+            # a new one each time: a kept one would keep the states alive through its traceback
+            raise _EnoughError
+
+    def _remove(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+
+class _EnoughError(Exception):
+    """Raised in the last wanted layer, to spare the rest of the forward pass."""
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Tokens to pool, for some or all samples of a batch."""
+
+    position: int
+    rows: torch.Tensor | slice
+    """Which samples: int64 [b], or all."""
+    tokens: torch.Tensor | slice
+    """Their tokens: int64 [b, n], or, the same for all, int64 [n] or a slice of n."""
+    n_tokens: int
+
+    def pool(self, states: torch.Tensor) -> torch.Tensor:
+        """Return [b, D]: the token itself if it is one, else the mean, in float32 or better."""
+        tokens = self.tokens if isinstance(self.tokens, slice) else self.tokens.to(states.device)
+        rows = self.rows if isinstance(self.rows, slice) else self.rows.to(states.device)[:, None]
+        chosen = states[rows, tokens]  # [b, n, D]
+        if self.n_tokens == 1:
+            return chosen[:, 0]
+        return chosen.mean(1, dtype=torch.promote_types(states.dtype, torch.float32))
+
+
+@dataclass
+class _Batch:
+    """What the hooks need to know of the batch that is running."""
+
+    n_tokens: int
+    spans: Sequence[_Span]
+    out: torch.Tensor
+    overflow: torch.Tensor
+    n_layers_seen: int = 0
+
+    def take(self, index: int, states: torch.Tensor) -> None:
+        """Pool the states [B, T, D] of the index-th wanted layer into the buffer."""
+        expected = (self.out.shape[0], self.n_tokens, self.out.shape[3])
+        if tuple(states.shape) != expected or index != self.n_layers_seen:
+            raise RuntimeError(
+                f"the {self.n_layers_seen}th wanted layer should give states {expected}; "
+                f"the {index}th gave {tuple(states.shape)}"
+            )
+        self.n_layers_seen += 1
+        if not self.spans:
+            self._write(slice(None), index, slice(self.n_tokens), states)
+        for span in self.spans:
+            self._write(span.rows, index, span.position, span.pool(states))
+
+    def _write(
+        self, rows: torch.Tensor | slice, layer: int, position: int | slice, values: torch.Tensor
+    ) -> None:
+        cast = values.to(self.out.device, self.out.dtype)
+        self.out[rows, layer, position] = cast
+        if torch.finfo(cast.dtype).max < torch.finfo(values.dtype).max:
+            lost = cast.isinf() & values.to(cast.device).isfinite()
+            self.overflow[rows, layer] += lost.flatten(1).sum(1, dtype=torch.int32)
+
+
+def _make_spans(
+    positions: Sequence[Position], batch: Sequence[Encoded], device: torch.device
+) -> list[_Span]:
+    """Turn positions into index tensors, once a batch; samples with as many tokens in a span are pooled together."""
+    spans = []
+    for number, position in enumerate(positions):
+        tokens = [position.tokens(encoded.image_mask) for encoded in batch]
+        for length in sorted({len(found) for found in tokens}):
+            rows = [row for row, found in enumerate(tokens) if len(found) == length]
+            spans.append(_make_span(number, rows, np.stack([tokens[row] for row in rows]), len(batch), device))
+    return spans
+
+
+def _make_span(
+    position: int, rows: list[int], tokens: np.ndarray[Any, np.dtype[np.int64]], n_rows: int, device: torch.device
+) -> _Span:
+    first, length = tokens[0], tokens.shape[1]
+    if len(rows) < n_rows or (tokens != first).any():
+        every_row = torch.tensor(rows, device=device)
+        return _Span(position, every_row, torch.from_numpy(tokens).to(device), length)
+    if first[-1] - first[0] + 1 == length:
+        return _Span(position, slice(None), slice(int(first[0]), int(first[-1]) + 1), length)
+    return _Span(position, slice(None), torch.from_numpy(first).to(device), length)

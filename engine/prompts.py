@@ -1,0 +1,119 @@
+"""Conversations as the text that a model was trained on: its chat template, with the generation prompt.
+
+This module knows nothing about pixels, token ids, weights or data sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from jinja2 import TemplateError
+
+from mmextract.engine.images import RejectedSample
+from mmextract.engine.samples import IMAGE_SLOT, Turn
+
+TEMPLATE_DATE = datetime(2024, 7, 26)
+"""What templates that print today's date (Llama 3's, SmolLM3's) are told, so that a run repeats on any day."""
+
+_PROBE = "mmextract probe text"
+
+Message = dict[str, Any]
+
+
+class ChatFormat:
+    """How one model wants its conversations written.
+
+    processor: a transformers processor, or None for a text model. image_token: the model's image placeholder, or None
+    if it takes no images. Raises ValueError for a chat template that shows no user text in either way of passing it.
+    """
+
+    def __init__(self, tokenizer: Any, processor: Any | None, image_token: str | None) -> None:
+        owners = [owner for owner in (processor, tokenizer) if owner is not None]
+        self._owner = next((owner for owner in owners if owner.chat_template is not None), None)
+        self._image_token = image_token
+        names = ("image_token", "video_token", "audio_token")
+        placeholders = {getattr(processor, name, None) for name in names} | {image_token}
+        self._reserved = sorted(token for token in placeholders if isinstance(token, str) and token)
+        self.template: Any = None if self._owner is None else self._owner.chat_template
+        """The Jinja template (or a dict of named ones), None if the model has none."""
+        self.content = "plain" if self._owner is None else self._content_style()
+        """How the template wants a turn: as `parts` (image and text apart), as one `text`; `plain` without one."""
+
+    def render(self, turns: Sequence[Turn]) -> str:
+        """Return the prompt of a conversation, up to where the answer begins.
+
+        The slot in a turn's text becomes the model's image. One line break between slot and text is part of the slot.
+        Without a chat template the turns' texts are joined by line breaks. Raises RejectedSample for more than one
+        slot, a slot for a model that takes no images, a literal placeholder token in the text, and for conversations
+        that the template refuses.
+        """
+        self._check(turns)
+        if self.content == "plain":
+            return "\n".join(self._inline(turn.text) for turn in turns)
+        try:
+            return self._apply([self._message(turn) for turn in turns])
+        except TemplateError as error:
+            raise RejectedSample(f"the model's chat template refuses this conversation: {error}") from error
+
+    def describe(self) -> dict[str, Any]:
+        """Return everything that decides the text of a prompt, JSON-able."""
+        dated = _prints_date(self.template)
+        return {
+            "chat_template": self.template,
+            "content": self.content,
+            "template_date": TEMPLATE_DATE.date().isoformat() if dated else None,
+        }
+
+    def _check(self, turns: Sequence[Turn]) -> None:
+        n_slots = sum(turn.text.count(IMAGE_SLOT) for turn in turns)
+        if n_slots and self._image_token is None:
+            raise RejectedSample(f"the text has {IMAGE_SLOT}, but this model takes no images")
+        if n_slots > 1:
+            raise RejectedSample(
+                f"the conversation has {n_slots} times {IMAGE_SLOT}; one image a sample is supported"
+            )
+        for turn in turns:
+            rest = turn.text.replace(IMAGE_SLOT, "")
+            found = [token for token in self._reserved if token in rest]
+            if found:
+                raise RejectedSample(f"the text contains {found[0]}, which this model reads as a placeholder")
+
+    def _message(self, turn: Turn) -> Message:
+        if self.content == "text":
+            return {"role": turn.role, "content": self._inline(turn.text)}
+        before, slot, after = turn.text.partition(IMAGE_SLOT)
+        texts = [before.removesuffix("\n"), after.removeprefix("\n")] if slot else [before]
+        parts: list[Message] = [{"type": "text", "text": text} if text else {} for text in texts]
+        if slot:
+            parts.insert(1, {"type": "image"})
+        return {"role": turn.role, "content": [part for part in parts if part]}
+
+    def _inline(self, text: str) -> str:
+        return text if self._image_token is None else text.replace(IMAGE_SLOT, self._image_token)
+
+    def _apply(self, messages: list[Message]) -> str:
+        date = {"strftime_now": TEMPLATE_DATE.strftime} if _prints_date(self.template) else {}
+        assert self._owner is not None
+        text = self._owner.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **date)
+        assert isinstance(text, str)
+        return text
+
+    def _content_style(self) -> str:
+        """Try both ways of passing a turn, the usual one first, and take the one that shows the text as it is."""
+        styles: dict[str, Any] = {"text": _PROBE, "parts": [{"type": "text", "text": _PROBE}]}
+        for style in ("parts", "text") if self._image_token is not None else ("text", "parts"):
+            try:
+                shown = self._apply([{"role": "user", "content": styles[style]}])
+            except (TemplateError, TypeError):
+                continue  # such as: can only concatenate str, not list
+            if _PROBE in shown and "'type'" not in shown:
+                return style
+        raise ValueError(
+            "the model's chat template shows no user text, neither from strings nor from content parts"
+        )
+
+
+def _prints_date(template: Any) -> bool:
+    return "strftime_now" in str(template)

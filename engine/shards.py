@@ -1,0 +1,67 @@
+"""One shard: an array of hidden states as the bytes of one Zarr v3 sharded object, and back to a digest.
+
+The layout is that of Zarr's `sharding_indexed` codec: encoded inner chunks, then the index of their (offset, length),
+then crc32c. Written by hand because zarr-python encodes a shard in one thread and hands over pieces (2.20 against
+1.33 GB/s uncompressed). This module knows nothing about files or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import xxhash
+from numcodecs import Blosc
+from zarr.codecs import BloscCodec, Crc32cCodec
+
+CODECS = ("lz4", "zstd", "none")
+"""lz4: bitshuffle + LZ4, as fast as the disk. zstd: bitshuffle + Zstandard, smaller and slower. none: crc32c only."""
+
+
+def zarr_compressors(codec: str, item_size: int) -> list[Any]:
+    """Return the bytes-to-bytes codecs of the inner chunks for zarr's metadata."""
+    if codec == "none":
+        return [Crc32cCodec()]
+    name, level = _blosc_settings(codec)
+    return [BloscCodec(typesize=item_size, cname=name, clevel=level, shuffle="bitshuffle"), Crc32cCodec()]
+
+
+def _blosc_settings(codec: str) -> tuple[Any, int]:
+    if codec not in CODECS:
+        raise ValueError(f"codec must be one of {', '.join(CODECS)}, got {codec!r}")
+    return ("lz4", 5) if codec == "lz4" else ("zstd", 3)
+
+
+def encode_shard(chunks: np.ndarray[Any, Any], codec: str, executor: Executor) -> list[bytes]:
+    """Encode [L, S, P, D], L inner chunks of shape (S, 1, P, D), little endian. Returns the object in pieces.
+
+    The chunks are encoded in the executor's threads; Blosc lets go of the interpreter's lock.
+    """
+    assert chunks.flags.c_contiguous and chunks.dtype.newbyteorder("<") == chunks.dtype
+    if codec == "none":
+        encoded: Iterable[bytes] = (_with_crc(chunk.tobytes()) for chunk in chunks)
+    else:
+        name, level = _blosc_settings(codec)
+        blosc = Blosc(cname=name, clevel=level, shuffle=Blosc.BITSHUFFLE)
+        encoded = executor.map(lambda chunk: _with_crc(blosc.encode(chunk)), chunks)
+    pieces = list(encoded)
+    lengths = np.asarray([len(piece) for piece in pieces], "<u8")
+    offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype("<u8")
+    index = np.stack([offsets, lengths], axis=1).tobytes()
+    return [*pieces, _with_crc(index)]
+
+
+def _with_crc(data: bytes) -> bytes:
+    return data + google_crc32c.value(data).to_bytes(4, "little")
+
+
+def digest(objects: Iterable[Sequence[bytes]]) -> int:
+    """Return the xxh3-64 of the objects' bytes, one after the other."""
+    state = xxhash.xxh3_64()
+    for pieces in objects:
+        for piece in pieces:
+            state.update(piece)
+    return state.intdigest()
