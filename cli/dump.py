@@ -53,12 +53,16 @@ def dump(data: Path | None, model: str | None, output: Path, dry_run: bool, as_j
     DATA is a folder of images, a JSONL, CSV, Parquet, LLaVA or Qwen JSON file, or a Hugging Face data set on disk.
     Without it the built-in paired data set is used. The same command again continues an interrupted run.
     """
+    from dataclasses import replace
+
     from mmextract.engine import builtin
     from mmextract.engine.dump import DumpSpec, plan_dump, run_dump
     from mmextract.engine.models import ModelSpec, load
 
     marking = take_marking(options, default=builtin.marking() if data is None else None)
     dataset = read_data(data or builtin.DATA, options)
+    if data is None:
+        dataset = replace(dataset, source="builtin:data")
     folder, own_adapter = builtin.locate_model(model or builtin.DEFAULT_MODEL)
     settings = {name: options.pop(name) for name in _MODEL_FIELDS}
     settings["adapter"] = settings["adapter"] or own_adapter

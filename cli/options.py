@@ -25,6 +25,7 @@ _DATA = (
         type=click.Path(path_type=Path, file_okay=False),
         help="Folder that image paths are relative to and must not leave.  [default: that of DATA]",
     ),
+    click.option("--id-column", help="Column that holds the ids; `row` numbers the rows.  [default: id, if there]"),
     click.option("--limit", type=click.IntRange(min=1), help="Take the first N samples only."),
 )
 
@@ -65,7 +66,7 @@ def read_data(data: Path, options: dict[str, Any]) -> Dataset:
     """Take the data options out of `options` and read DATA with them."""
     from mmextract.engine.samples import read_samples
 
-    return read_samples(data, **{name: options.pop(name) for name in ("format", "prompt", "image_root", "limit")})
+    return read_samples(data, **{name: options.pop(name) for name in ("format", "prompt", "image_root", "id_column", "limit")})
 
 
 def take_marking(options: dict[str, Any], default: Marking | None = None) -> Marking | None:

@@ -26,6 +26,10 @@ class Done:
     """Their places in it."""
     records: tuple[Mapping[str, int], ...] = ()
     """What was found out about each: field → value. Empty for rejected rows."""
+    nonfinite: torch.Tensor | None = None
+    """int [B]: how many values of each are NaN or infinite. None for rejected rows."""
+    overflow: torch.Tensor | None = None
+    """int [B]: how many of these are finite in the model, but too large for the store's dtype."""
     reasons: tuple[str, ...] = ()
     """Why each was rejected. Empty for captured rows."""
 
@@ -49,6 +53,8 @@ class Assembler:
         self._open: dict[int, _Open] = {}
         self.bytes_written = 0
         """Bytes of encoded states so far."""
+        self.n_nonfinite = 0
+        """Samples so far that hold a NaN or an infinity."""
 
     def consume(self, done: Done, states: torch.Tensor | None) -> None:
         """Take finished rows; states is [B, L, P, D] in the store's dtype, None for rejected rows."""
@@ -56,10 +62,7 @@ class Assembler:
         if states is None:
             shard.rejected.update(zip(done.rows, done.reasons, strict=True))
         else:
-            n_positions = states.shape[2]
-            shard.states[:, list(done.rows), :n_positions] = to_numpy(states).swapaxes(0, 1)
-            for row, record in zip(done.rows, done.records, strict=True):
-                shard.records[row] = [record.get(name, -1) for name in self._writer.layout.record_fields]
+            self._fill(shard, done, states)
         shard.n_left -= len(done.rows)
         if shard.n_left == 0:
             del self._open[done.shard]
@@ -67,6 +70,21 @@ class Assembler:
                 done.shard, shard.states, shard.records, shard.rejected
             )
         self._on_progress(len(done.rows))
+
+    def _fill(self, shard: _Open, done: Done, states: torch.Tensor) -> None:
+        assert done.nonfinite is not None and done.overflow is not None
+        dtype = self._writer.layout.dtype
+        if int(done.overflow.sum()):
+            raise ValueError(
+                f"hidden states are too large for {dtype} (row {done.rows[int(done.overflow.argmax())]} of shard "
+                f"{done.shard}): nothing of this shard was written; use --store-dtype float32 or bfloat16"
+            )
+        counts = done.nonfinite.tolist()
+        self.n_nonfinite += sum(count > 0 for count in counts)
+        shard.states[:, list(done.rows)] = to_numpy(states).swapaxes(0, 1)
+        for row, record, count in zip(done.rows, done.records, counts, strict=True):
+            known = {**record, "n_nonfinite": count}
+            shard.records[row] = [known.get(name, -1) for name in self._writer.layout.record_fields]
 
     def _begin(self, index: int) -> _Open:
         layout = self._writer.layout

@@ -1,8 +1,8 @@
 """Hidden states of chosen layers and tokens, taken by hooks while the model runs, pooled at once.
 
-`layer i` is what decoder block i gives to the next, before any final norm; the embedding is what block 0 is given.
-So it equals transformers' `hidden_states[i + 1]` but for the last block, where transformers returns the normed state.
-This module knows nothing about prompts, files, host buffers or stores.
+`layer i` is what decoder block i gives to the next, before any final norm; the embedding is what block 0 is
+given. So it equals transformers' `hidden_states[i + 1]` but for the last block, where transformers returns
+the normed state. This module knows nothing about prompts, files, host buffers or stores.
 """
 
 from __future__ import annotations
@@ -24,23 +24,24 @@ from mmextract.engine.selection import EMBED, Position
 class Capture:
     """A context manager; inside, `run` fills a buffer with the states of a batch.
 
-    layers: sorted, each once, as from `parse_layers`. positions: as from `parse_positions`; with `all` every token is
-    kept. Hooks stand on the wanted blocks only, and are removed on leaving, whatever happens. At most one layer's full
-    states are alive beyond what the model itself needs. One thread at a time.
+    layers: sorted, each once, as from `parse_layers`. positions: as from `parse_positions`; with `all` every
+    token is kept. Hooks stand on the wanted blocks only, and are removed on leaving, whatever happens. At
+    most one layer's full states are alive beyond what the model itself needs. One thread at a time.
 
         with Capture(adapter, layers=(0, 5), positions=parse_positions(["last", "image"])) as capture:
             capture.run(batch, out=torch.empty(len(batch), 2, 2, adapter.hidden_size))
 
-    States of one sample alone are bit for bit those of `model(**inputs, output_hidden_states=True)`. In a batch they
-    may differ in the last bits, as transformers' own do: a matrix product sums in another order for another number of
-    rows (seen in float32 on a CPU: 4e-7 of the largest state; tests hold 1e-5).
+    States of one sample alone are bit for bit those of `model(**inputs, output_hidden_states=True)`. In a
+    batch they may differ in the last bits, as transformers' own do: a matrix product sums in another order
+    for another number of rows (float32 on a CPU: up to 1.2e-6 of the largest state; tests hold 1e-5).
     """
 
     def __init__(self, adapter: Adapter, layers: Sequence[int], positions: Sequence[Position]) -> None:
         valid = range(EMBED, adapter.n_layers)
         if not layers or list(layers) != sorted(set(layers)) or any(layer not in valid for layer in layers):
             raise ValueError(
-                f"expected sorted, distinct layers out of {EMBED} (embed) to {adapter.n_layers - 1}, got {layers}"
+                f"expected sorted, distinct layers out of {EMBED} (embed) to {adapter.n_layers - 1}, "
+                f"got {layers}"
             )
         self._adapter = adapter
         self._layers = tuple(layers)
@@ -49,9 +50,9 @@ class Capture:
         self._handles: list[RemovableHandle] = []
         self._batch: _Batch | None = None
         self.nonfinite: torch.Tensor = torch.empty(0, len(layers), dtype=torch.int32)
-        """int32 [B, L] on the buffer's device: how many values of the last run are NaN or infinite in the buffer."""
+        """int32 [B, L] on the buffer's device: values of the last run that are not finite in it."""
         self.overflow: torch.Tensor = torch.empty(0, len(layers), dtype=torch.int32)
-        """int32 [B, L]: how many of these were finite in the model, but are too large for the buffer's dtype."""
+        """int32 [B, L]: those of them that were finite in the model, and are too large for the buffer."""
 
     def __enter__(self) -> Self:
         if self._handles:
@@ -72,10 +73,11 @@ class Capture:
     def run(self, batch: Sequence[Encoded], *, out: torch.Tensor) -> None:
         """Run the model as far as the last wanted layer and fill `out`.
 
-        batch: samples of one `batch_key`. out: floating point [B, L, P, D], every element of which is written. With
-        `all`, P is at least the number of tokens, and what lies beyond is NaN. Pooled means are summed in float32 or
-        better before they are cast. Raises RejectedSample if a sample lacks a position (see `Position.check`),
-        ValueError for a buffer of another shape, RuntimeError if the model does not run its blocks as expected.
+        batch: samples of one `batch_key`. out: floating point [B, L, P, D], every element of which is
+        written. With `all`, P is at least the number of tokens, and what lies beyond is NaN. Pooled means are
+        summed in float32 or better before they are cast. Raises RejectedSample if a sample lacks a position
+        (see `Position.check`), ValueError for a buffer of another shape, RuntimeError if the model does not
+        run its blocks as expected.
         """
         if not self._handles:
             raise RuntimeError("use a capture inside its `with` block")
@@ -91,9 +93,8 @@ class Capture:
         finally:
             done, self._batch = self._batch, None
         if done.n_layers_seen != len(self._layers):
-            raise RuntimeError(
-                f"{type(self._adapter.model).__name__} ran {done.n_layers_seen} of the {len(self._layers)} wanted layers"
-            )
+            model = type(self._adapter.model).__name__
+            raise RuntimeError(f"{model} ran {done.n_layers_seen} of the {len(self._layers)} wanted layers")
         kept = out
         if self._every_token:
             out[:, :, batch[0].n_tokens :] = torch.nan
@@ -103,9 +104,16 @@ class Capture:
 
     def _check_buffer(self, batch: Sequence[Encoded], out: torch.Tensor) -> None:
         n_positions = max(out.shape[2], batch[0].n_tokens) if self._every_token and out.ndim == 4 else None
-        expected = (len(batch), len(self._layers), n_positions or len(self._positions), self._adapter.hidden_size)
+        expected = (
+            len(batch),
+            len(self._layers),
+            n_positions or len(self._positions),
+            self._adapter.hidden_size,
+        )
         if tuple(out.shape) != expected or not out.is_floating_point():
-            raise ValueError(f"expected a floating point buffer {expected}, got {out.dtype} {tuple(out.shape)}")
+            raise ValueError(
+                f"expected a floating point buffer {expected}, got {out.dtype} {tuple(out.shape)}"
+            )
 
     def _register(self, index: int, layer: int) -> RemovableHandle:
         is_last = index == len(self._layers) - 1
@@ -194,21 +202,25 @@ class _Batch:
             self.overflow[rows, layer] += lost.flatten(1).sum(1, dtype=torch.int32)
 
 
-def _make_spans(
-    positions: Sequence[Position], batch: Sequence[Encoded], device: torch.device
-) -> list[_Span]:
-    """Turn positions into index tensors, once a batch; samples with as many tokens in a span are pooled together."""
+def _make_spans(positions: Sequence[Position], batch: Sequence[Encoded], device: torch.device) -> list[_Span]:
+    """Turn positions into index tensors, once a batch; equally long spans are pooled together."""
     spans = []
     for number, position in enumerate(positions):
         tokens = [position.tokens(encoded.image_mask) for encoded in batch]
         for length in sorted({len(found) for found in tokens}):
             rows = [row for row, found in enumerate(tokens) if len(found) == length]
-            spans.append(_make_span(number, rows, np.stack([tokens[row] for row in rows]), len(batch), device))
+            spans.append(
+                _make_span(number, rows, np.stack([tokens[row] for row in rows]), len(batch), device)
+            )
     return spans
 
 
 def _make_span(
-    position: int, rows: list[int], tokens: np.ndarray[Any, np.dtype[np.int64]], n_rows: int, device: torch.device
+    position: int,
+    rows: list[int],
+    tokens: np.ndarray[Any, np.dtype[np.int64]],
+    n_rows: int,
+    device: torch.device,
 ) -> _Span:
     first, length = tokens[0], tokens.shape[1]
     if len(rows) < n_rows or (tokens != first).any():

@@ -1,7 +1,7 @@
 """Which files make up a checkpoint or a LoRA, in a folder or on Hugging Face's hub, and what their bytes are.
 
-Only safetensors, or one GGUF file, count as weights; pickle is never read. This module knows nothing about models,
-processors or devices: it opens no tensor.
+Only safetensors, or one GGUF file, count as weights; pickle is never read. This module knows nothing about
+models, processors or devices: it opens no tensor.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Weights:
     """The GGUF file, if that is what they are."""
 
     def digest(self) -> str:
-        """Return the xxh3-128 of the files' names, sizes and bytes as hex; reads them all, a piece at a time."""
+        """Return the xxh3-128 of the files' names, sizes and bytes, as hex; reads them all, in pieces."""
         digest = xxhash.xxh3_128()
         for name in self.files:
             path = self.folder / name
@@ -117,8 +117,8 @@ def find_weights(folder: Path) -> Weights:
         )
     if pickled := sorted(path.name for pattern in PICKLE_PATTERNS for path in folder.glob(pattern)):
         raise ValueError(
-            f"{folder} holds its weights only as pickle ({', '.join(pickled[:4])}), which can run any code when it is "
-            "read. If you trust it, convert it once: load it with transformers' from_pretrained(…, "
+            f"{folder} holds weights only as pickle ({', '.join(pickled[:4])}), which can run any "
+            "code when it is read. If you trust it, convert it once: load it with from_pretrained(…, "
             "use_safetensors=False) and write it with save_pretrained(NEW_FOLDER)"
         )
     raise LookupError(

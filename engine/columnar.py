@@ -119,7 +119,8 @@ def _as_image(field: Any) -> ImageColumn | None:
     if not pa.types.is_struct(field.type):
         return None
     children = {field.type.field(i).name: field.type.field(i).type for i in range(field.type.num_fields)}
-    if "bytes" not in children or not _is_binary(children["bytes"]):
+    kind = children.get("bytes")
+    if kind is None or not (_is_binary(kind) or pa.types.is_null(kind)):  # null: all images are given by path
         return None
     return ImageColumn(field.name, is_struct=True, has_path="path" in children)
 
@@ -148,14 +149,14 @@ def _plain_columns(schema: Any, image: ImageColumn | None) -> list[str]:
 def _parquet_images(
     file: Any, path: Path, group: int, image: ImageColumn, first_row: int
 ) -> list[str | ImageSource | None]:
-    """Return the images of a row group, whose bytes are read only if its statistics say that some are missing."""
+    """Return a row group's images. Their bytes are read only if its statistics say that some are missing."""
     metadata = file.metadata.row_group(group)
     chunks = {metadata.column(i).path_in_schema: metadata.column(i) for i in range(metadata.num_columns)}
     chunk = chunks[image.bytes_path]
     if chunk.total_uncompressed_size > MAX_ROW_GROUP_BYTES:
         raise ValueError(
-            f"{path}: row group {group} holds {chunk.total_uncompressed_size:,} bytes of images, which must be read "
-            f"at once (limit {MAX_ROW_GROUP_BYTES:,}): write the file again with smaller row groups, such as "
+            f"{path}: row group {group} holds {chunk.total_uncompressed_size:,} bytes of images, to be read at "
+            f"once (limit {MAX_ROW_GROUP_BYTES:,}): write the file with smaller row groups, such as "
             "row_group_size=1000"
         )
     if chunk.statistics is not None and chunk.statistics.has_null_count and chunk.statistics.null_count == 0:
@@ -167,7 +168,7 @@ def _parquet_images(
         paths = _paths(file.read_row_group(group, columns=[f"{image.name}.path"]).column(0))
     return [
         ParquetImage(
-            path=path,
+            path=path.absolute(),
             column=image.bytes_path,
             row_group=group,
             row=row,
@@ -185,7 +186,9 @@ def _dataset_images(
     column = table.column(image.name)
     paths = _paths(column) if image.has_path else [None] * table.num_rows
     return [
-        DatasetImage(path=path, column=image.name, row=row, name=name or f"row {row}") if stored else name
+        DatasetImage(path=path.absolute(), column=image.name, row=row, name=name or f"row {row}")
+        if stored
+        else name
         for row, (stored, name) in enumerate(zip(_validity(column, image), paths, strict=True), first_row)
     ]
 

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 IMAGE_SLOT = "<image>"
@@ -82,7 +83,7 @@ def parse_conversation(
             f"the {dialect} format needs a list of turns in {expected}, the record has {_names(record)}"
         )
     if prompt is not None:
-        found = replace(found, turns=(_with_slot(prompt, found.image),))
+        found = replace(found, turns=(_user_turn(prompt, found.image is not None),))
     _check_slots(found)
     return found
 
@@ -117,19 +118,21 @@ def _parse_flat(record: Mapping[str, Any], prompt: str | None) -> Conversation:
     name = next((name for name in QUESTION_NAMES if name in record), None)
     if name is None:
         raise ValueError(
-            f"no question: expected a column {', '.join(QUESTION_NAMES)}, conversations or messages, or a prompt "
-            f"for all samples (--prompt); the record has {_names(record)}"
+            f"no question: expected a column {', '.join(QUESTION_NAMES)}, conversations or messages, or one "
+            f"prompt for all samples (--prompt); the record has {_names(record)}"
         )
     question = record[name]
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"the question in `{name}` must be a text that is not empty, got {question!r}")
-    return Conversation(turns=(_with_slot(question, image),), answer=answer, image=image, used=used | {name})
+    turns = (_user_turn(question, image is not None),)
+    return Conversation(turns=turns, answer=answer, image=image, used=used | {name})
 
 
 def _parse_from_value(turns: list[Any], tagged: bool) -> tuple[list[Turn], list[Any]]:
     parsed, images = [], []
     for number, turn in enumerate(turns):
-        role, text = _speaker(number, turn, "from"), turn.get("value")
+        role = _speaker(number, turn, "from")
+        text = turn.get("value")
         if not isinstance(text, str):
             raise ValueError(f"turn {number} must have a text in `value`, got {text!r}")
         if tagged and role == "user":
@@ -142,7 +145,8 @@ def _parse_from_value(turns: list[Any], tagged: bool) -> tuple[list[Turn], list[
 def _parse_messages(messages: list[Any]) -> tuple[list[Turn], list[Any]]:
     parsed, images = [], []
     for number, message in enumerate(messages):
-        role, content = _speaker(number, message, "role"), message.get("content")
+        role = _speaker(number, message, "role")
+        content = message.get("content")
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
         if not isinstance(content, list):
@@ -200,7 +204,8 @@ def _column_images(record: Mapping[str, Any]) -> tuple[list[Any], frozenset[str]
     if name is None:
         return [], frozenset()
     value = record[name]
-    return [image for image in (value if isinstance(value, list) else [value]) if image], frozenset({name})
+    values = value if isinstance(value, list) else [value]
+    return [image for image in values if image is not None and image != ""], frozenset({name})
 
 
 def _only(images: Sequence[Any]) -> Any:
@@ -212,19 +217,20 @@ def _only(images: Sequence[Any]) -> Any:
     return images[0] if images else None
 
 
-def _with_slot(text: str, image: Any) -> Turn:
-    return Turn(role="user", text=text if image is None or IMAGE_SLOT in text else f"{IMAGE_SLOT}\n{text}")
+@lru_cache(maxsize=1024)  # data sets repeat their questions: keep each once
+def _user_turn(text: str, needs_slot: bool) -> Turn:
+    return Turn(role="user", text=f"{IMAGE_SLOT}\n{text}" if needs_slot and IMAGE_SLOT not in text else text)
 
 
 def _check_slots(found: Conversation) -> None:
     slots = [turn.role for turn in found.turns for _ in range(turn.text.count(IMAGE_SLOT))]
     if found.image is None and slots:
         raise ValueError(
-            f"the prompt has an image slot ({IMAGE_SLOT}), but the sample has no image: drop the slot or add one"
+            f"the prompt has an image slot ({IMAGE_SLOT}), but the sample has no image: drop or add one"
         )
     if found.image is not None and not slots:
         raise ValueError(
-            f"the sample has an image, but its prompt no image slot: write {IMAGE_SLOT} where the image stands"
+            f"the sample has an image, its prompt no image slot: write {IMAGE_SLOT} where the image stands"
         )
     if len(slots) > 1:
         raise ValueError(
@@ -232,7 +238,7 @@ def _check_slots(found: Conversation) -> None:
         )
     if slots and slots[0] != "user":
         raise ValueError(
-            f"the image slot ({IMAGE_SLOT}) is in a turn of the {slots[0]}, where only the user can show an image"
+            f"the image slot ({IMAGE_SLOT}) is in a turn of the {slots[0]}: only the user can show an image"
         )
 
 

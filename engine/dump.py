@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from mmextract.engine import watermark
 from mmextract.engine.assembly import Assembler, Done
 from mmextract.engine.capture import Capture
-from mmextract.engine.images import RejectedSample, decode
+from mmextract.engine.images import RejectedSample, decode, measure
 from mmextract.engine.models import Adapter, Encoded, ModelSpec
 from mmextract.engine.rows import Marking, Row, describe_marking, make_columns, make_rows
 from mmextract.engine.samples import Dataset
@@ -31,6 +32,9 @@ from mmextract.engine.selection import Position, parse_layers, parse_positions
 from mmextract.engine.staging import Staging
 from mmextract.engine.store import Layout, StoreWriter, open_writer
 from mmextract.engine.watermark import WatermarkSpec
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 SHARD_BYTES = 64 << 20
 """Size of a shard's states before compression, unless its number of samples is given."""
@@ -136,7 +140,8 @@ def plan_dump(spec: DumpSpec, adapter: Adapter) -> DumpPlan:
         raise ValueError(f"{spec.model.model} takes no images, but the samples have them: drop the image column")
     names = tuple(position.name for position in positions)
     if names == ("all",):
-        longest = spec.max_tokens or _longest(rows, adapter, spec.threads)
+        with ThreadPoolExecutor(spec.threads) as executor:
+            longest = spec.max_tokens or _longest(rows, adapter, executor)
         names = tuple(str(index) for index in range(longest))
     dtype = spec.dtype
     if dtype == "auto":
@@ -154,8 +159,10 @@ def plan_dump(spec: DumpSpec, adapter: Adapter) -> DumpPlan:
         codec=spec.codec,
         record_fields=fields + (WATERMARK_RECORD_FIELDS if spec.marking else ()),
     )
+    data = dict(spec.dataset.describe())
+    source = data.pop("source")  # the same data under another path is the same run
     run = {
-        "data": spec.dataset.describe(),
+        "data": data,
         "model": adapter.describe(),
         "watermark": describe_marking(spec.marking),
         "layers": list(layers),
@@ -166,7 +173,7 @@ def plan_dump(spec: DumpSpec, adapter: Adapter) -> DumpPlan:
         "shard_samples": layout.shard_samples,
         "device": adapter.device.type,
     }
-    return DumpPlan(spec=spec, rows=rows, layout=layout, positions=positions, attributes={"run": run})
+    return DumpPlan(spec=spec, rows=rows, layout=layout, positions=positions, attributes={"run": run, "source": source})
 
 
 def run_dump(
@@ -181,14 +188,14 @@ def run_dump(
     with ThreadPoolExecutor(plan.spec.threads, "mmextract-cpu") as executor:
         columns = make_columns(plan.rows, plan.spec.marking)
         writer = open_writer(path, plan.layout, columns, plan.attributes, executor)
-        missing = [s for s in range(plan.layout.n_shards) if s not in (done := writer.committed())]
+        committed = writer.committed()
+        missing = [shard for shard in range(plan.layout.n_shards) if shard not in committed]
         summary = DumpSummary(n_samples=len(plan.rows))
-        summary.n_resumed = sum(len(plan.layout.rows(shard)) for shard in done)
+        summary.n_resumed = sum(len(plan.layout.rows(shard)) for shard in committed)
         on_progress(summary.n_resumed)
         if missing:
             _write_shards(plan, adapter, writer, missing, executor, summary, on_progress)
-            writer.finalise()
-        elif not writer.finalised():
+        if missing or not writer.finalised():
             writer.finalise()
     reasons = writer.rejected()
     summary.rejected = {plan.rows[row].id: reason for row, reason in reasons.items()}
@@ -243,10 +250,18 @@ def _write_shards(
             before = time.perf_counter()
             capture.run([item.encoded for item in ready], out=slot.device[: len(ready)])
             records = tuple(item.record for item in ready)
-            staging.submit(slot, len(ready), Done(shard=shard, rows=places, records=records))
+            done = Done(
+                shard=shard,
+                rows=places,
+                records=records,
+                nonfinite=capture.nonfinite.sum(1),
+                overflow=capture.overflow.sum(1),
+            )
+            staging.submit(slot, len(ready), done)
             forward_seconds += time.perf_counter() - before
     total = time.perf_counter() - started
     summary.bytes_written = assembler.bytes_written
+    summary.n_nonfinite = assembler.n_nonfinite
     summary.stage_seconds = {
         "decode and preprocess": total - forward_seconds - staging.seconds_waited,
         "forward": forward_seconds,
@@ -269,17 +284,16 @@ def _batches(
         window=max(2 * plan.spec.batch_size, 4 * plan.spec.threads),
     )
     for shard in missing:
-        buckets: dict[int, list[_Ready]] = {}
+        buckets: dict[Hashable, list[_Ready]] = {}
         for item in islice(waiting, len(plan.layout.rows(shard))):
             if isinstance(item, _Refused):
                 yield shard, [item]
                 continue
-            bucket = buckets.setdefault(item.encoded.n_tokens, [])
+            bucket = buckets.setdefault(item.encoded.batch_key, [])
             bucket.append(item)
             if len(bucket) == plan.spec.batch_size:
-                yield shard, buckets.pop(item.encoded.n_tokens)
-        for length in sorted(buckets):
-            yield shard, buckets[length]
+                yield shard, buckets.pop(item.encoded.batch_key)
+        yield from ((shard, bucket) for bucket in buckets.values())
 
 
 def _in_order(
@@ -339,6 +353,19 @@ def _mark(plan: DumpPlan, row: Row, pixels: NDArray[np.uint8], record: dict[str,
     return watermark.apply(pixels, spec, row.text, placement)
 
 
-def _longest(rows: Sequence[Row], adapter: Adapter, threads: int) -> int:
-    """Return the number of tokens of the longest sample, from texts and image headers."""
-    raise NotImplementedError
+def _longest(rows: Sequence[Row], adapter: Adapter, executor: ThreadPoolExecutor) -> int:
+    """Return the number of tokens of the longest sample: exact, from its text and a blank image of its size."""
+
+    @lru_cache(maxsize=1 << 20)
+    def n_tokens(text: str, size: tuple[int, int] | None) -> int:
+        blank = None if size is None else np.zeros((size[1], size[0], 3), np.uint8)
+        return adapter.encode(text, blank).n_tokens
+
+    def measured(row: Row) -> int:
+        image = row.sample.image
+        try:
+            return n_tokens(adapter.render(row.sample.turns), None if image is None else measure(image))
+        except RejectedSample:
+            return 0  # it will be refused again, and then recorded, when its turn comes
+
+    return max(1, *_in_order(executor, measured, iter(rows), window=64))

@@ -5,17 +5,19 @@ This module knows nothing about folders, tables, samples or models: a source han
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Protocol
 
 import numpy as np
 import xxhash
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from mmextract.kernels.reference import Uint8Array
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """Pillow decoders that may see a user's bytes. The others are rare and less tested against bad input."""
 
 MAX_PIXELS = 178_956_970
@@ -67,28 +69,42 @@ def decode(source: ImageSource) -> Decoded:
         raise RuntimeError(
             "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set, which passes truncated images as whole: unset it"
         )
+    data = _read(source)
+    with _opened(data) as image:
+        pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    return Decoded(pixels=pixels, hash=xxhash.xxh3_64_intdigest(data))
+
+
+def measure(source: ImageSource) -> tuple[int, int]:
+    """Return (width, height) of the upright image from its header. Raises RejectedSample as `decode` does."""
+    with _opened(_read(source)) as image:
+        sideways = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return image.size[::-1] if sideways else image.size
+
+
+def _read(source: ImageSource) -> bytes:
     data = source.read()
     if not data:
         raise RejectedSample("the image is empty (0 bytes)")
-    return Decoded(pixels=_decode_bytes(data), hash=xxhash.xxh3_64_intdigest(data))
+    return data
 
 
-def _decode_bytes(data: bytes) -> Uint8Array:
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """Open an image for a block of Pillow calls, whose failures are the fault of the bytes."""
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
             _check_size(*image.size)
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+            yield image
     except (RejectedSample, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise RejectedSample(f"the image has more than {MAX_PIXELS // 1_000_000} megapixels") from error
     except UnidentifiedImageError as error:
-        # Pillow's message names a memory address
-        raise RejectedSample(
-            f"the image is in none of the formats {', '.join(FORMATS)}, or has no whole header"
-        ) from error
+        # Pillow's own message names a memory address
+        raise RejectedSample(f"the image is not a readable {', '.join(FORMATS)}") from error
     except Exception as error:
-        # decoders raise SyntaxError, struct.error, IndexError, … on bad input: only the bytes can be at fault
+        # decoders raise SyntaxError, struct.error, IndexError, … on bad input: there is no list of them
         raise RejectedSample(f"the image cannot be decoded: {error or type(error).__name__}") from error
 
 

@@ -1,8 +1,8 @@
-"""From a folder or hub id to a transformers model, its processor and its tokenizer, with nothing left to chance.
+"""From a folder or hub id to a transformers model, its processor and tokenizer, with nothing left to chance.
 
-Weights come from safetensors (or one GGUF file), never from pickle. Every parameter of the model must be in the
-checkpoint and every tensor of the checkpoint in the model. This module knows nothing about prompts, samples, layers
-or hidden states.
+Weights come from safetensors (or one GGUF file), never from pickle. Every parameter of the model must be in
+the checkpoint and every tensor of the checkpoint in the model. This module knows nothing about prompts,
+samples, layers or hidden states.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class Loaded:
 def load_model(spec: ModelSpec) -> Loaded:
     """Load everything that `spec` names.
 
-    A local folder is never looked up on the network. Raises LookupError for what is not there, ValueError for what is
-    there and cannot be used; both say which file or key, and what to do.
+    A local folder is never looked up on the network. Raises LookupError for what is not there, ValueError for
+    what is there and cannot be used; both say which file or key, and what to do.
     """
     folder, commit = find_folder(spec.model, spec.revision, with_code=spec.trust_remote_code)
     weights = find_weights(folder)
@@ -97,7 +97,8 @@ def load_model(spec: ModelSpec) -> Loaded:
     processor, tokenizer = _load_processor(folder, auto_class.__name__, options)
     device = _choose_device(spec.device)
     model = _load_weights(auto_class, config, weights, spec, device, options)
-    adapter_weights, adapter_config = None, {}
+    adapter_weights: Weights | None = None
+    adapter_config: dict[str, Any] = {}
     if spec.adapter is not None:
         adapter_folder, _ = find_folder(spec.adapter, None, with_code=False)
         adapter_weights, adapter_config = find_adapter(adapter_folder)
@@ -131,7 +132,8 @@ def _from_pretrained(auto_class: Any, folder: Path, options: dict[str, Any], **m
     except ValueError as error:
         if not options["trust_remote_code"] and "trust_remote_code" in str(error):
             raise ValueError(
-                f"{folder} needs its own Python files to be run: read them, and pass --trust-remote-code if you trust them"
+                f"{folder} needs its own Python files to be run: read them, and pass --trust-remote-code "
+                "if you trust them"
             ) from error
         raise
 
@@ -149,7 +151,7 @@ def _auto_class(config: Any) -> Any:
 
 def _load_processor(folder: Path, auto_class: str, options: dict[str, Any]) -> tuple[Any | None, Any]:
     from transformers import AutoProcessor, AutoTokenizer
-    from transformers.utils import is_torchvision_available
+    from transformers.utils.import_utils import is_torchvision_available
 
     if "gguf_file" not in options and not any(any(folder.glob(name)) for name in TOKENIZER_FILES):
         raise LookupError(f"{folder} holds no tokenizer: expected {TOKENIZER_FILES[0]}")
@@ -235,12 +237,13 @@ def _few(names: Sequence[str]) -> str:
 def _add_lora(model: Any, weights: Weights) -> Any:
     """Put the LoRA's layers into the model, unmerged.
 
-    Merging would round W + BA to the model's dtype. In bfloat16 that wipes out changes below 1/256 of a weight: the
-    very trace of fine-tuning that is looked for. Unmerged, the states are those of peft's own PeftModel.
+    Merging would round W + BA to the model's dtype. In bfloat16 that wipes out changes below 1/256 of a
+    weight: the very trace of fine-tuning that is looked for. Unmerged, the states are those of peft's own
+    PeftModel.
     """
     from peft import PeftConfig, PeftModel
 
-    config = PeftConfig.from_pretrained(weights.folder)
+    config = PeftConfig.from_pretrained(str(weights.folder))
     config.inference_mode = True
     try:
         wrapped = PeftModel(model, config)
@@ -250,7 +253,7 @@ def _add_lora(model: Any, weights: Weights) -> Any:
         raise ValueError(f"the LoRA in {weights.folder} does not fit this model: {error}") from error
     if wrong := sorted([*result.missing_keys, *result.unexpected_keys]):
         raise ValueError(
-            f"the LoRA in {weights.folder} was made for another model: {len(result.missing_keys)} of its tensors are "
-            f"missing and {len(result.unexpected_keys)} have no place in this one ({_few(wrong)})"
+            f"the LoRA in {weights.folder} was made for another model: {len(result.missing_keys)} of its "
+            f"tensors are missing and {len(result.unexpected_keys)} have no place in this one ({_few(wrong)})"
         )
     return wrapped.get_base_model()

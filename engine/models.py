@@ -1,7 +1,7 @@
 """One adapter for every model: prompt → inputs → forward pass, and where its decoder blocks are.
 
-Families are told by their structure (a decoder with as many blocks as the config says, an image token in the config),
-never by name. This module knows nothing about which layers or tokens are wanted, nor about stores.
+Families are told by their structure (a decoder with as many blocks as the config says, an image token in the
+config), never by name. This module knows nothing about which layers or tokens are wanted, nor about stores.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Encoded:
 
     @property
     def batch_key(self) -> Hashable:
-        """Equal for samples that can share a forward pass: same length, same inputs, same shapes but for dimension 0."""
+        """Equal for samples that can share a forward pass: same length, inputs and trailing shapes."""
         return self.n_tokens, tuple((name, t.dtype, t.shape[1:]) for name, t in sorted(self.inputs.items()))
 
 
@@ -63,7 +63,7 @@ class Adapter:
         self._loaded = loaded
         text_config = self.model.config.get_text_config()
         text_config.output_hidden_states = False  # a config may ask for all of them to be kept
-        self.layers: Sequence[nn.Module] = find_decoder_layers(self.model)
+        self.layers = find_decoder_layers(self.model)
         """The decoder blocks, in order."""
         self.n_layers = len(self.layers)
         self.hidden_size: int = text_config.hidden_size
@@ -76,7 +76,9 @@ class Adapter:
         self._image_token_id = _image_token_id(self.model.config) if loaded.processor is not None else None
         self.has_vision = self._image_token_id is not None
         """Whether it takes images."""
-        image_token = loaded.tokenizer.convert_ids_to_tokens(self._image_token_id) if self.has_vision else None
+        image_token = (
+            loaded.tokenizer.convert_ids_to_tokens(self._image_token_id) if self.has_vision else None
+        )
         self._chat = ChatFormat(loaded.tokenizer, loaded.processor, image_token)
         self._base = self.model.base_model
         self._takes = frozenset(inspect.signature(self._base.forward).parameters)
@@ -90,9 +92,9 @@ class Adapter:
     def encode(self, text: str, pixels: Uint8Array | None) -> Encoded:
         """Turn a rendered prompt and its image into the model's inputs, without padding or truncation.
 
-        text: from `render`. pixels: uint8 [H, W, 3], or None for a sample without image. Raises RejectedSample for an
-        image without a place in the text or the other way round, for what the processor refuses (such as an image of
-        an extreme shape), and for a prompt that is longer than the model takes.
+        text: from `render`. pixels: uint8 [H, W, 3], or None for a sample without image. Raises
+        RejectedSample for an image without a place in the text or the other way round, for what the processor
+        refuses (such as an image of an extreme shape), and for a prompt that is longer than the model takes.
         """
         if pixels is not None and not self.has_vision:
             raise RejectedSample("it has an image, but this model takes none")
@@ -108,15 +110,17 @@ class Adapter:
                 raise RejectedSample(f"the model's processor refuses it: {error}") from error
         else:
             raw = own([text], **options)
-        inputs = {name: value for name, value in raw.items() if name != "token_type_ids" or name in self._takes}
+        inputs = {
+            name: value for name, value in raw.items() if name != "token_type_ids" or name in self._takes
+        }
         return self._checked(inputs, pixels is not None)
 
     def collate(self, batch: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """Join samples of one `batch_key` along dimension 0; nothing is ever padded.
 
         For patches [n, d] (Qwen2-VL) that puts the images' patches one after another, with one row of
-        `image_grid_thw` an image; for pixels [1, C, H, W] (LLaVA) it stacks them. Raises ValueError for none, or for
-        samples that cannot share a forward pass.
+        `image_grid_thw` an image; for pixels [1, C, H, W] (LLaVA) it stacks them. Raises ValueError for none,
+        or for samples that cannot share a forward pass.
         """
         if len({encoded.batch_key for encoded in batch}) != 1:
             lengths = sorted({encoded.n_tokens for encoded in batch})
@@ -165,7 +169,7 @@ class Adapter:
         }
 
     def _own_processor(self) -> Any:
-        """Return this thread's copy: a fast tokenizer used from two threads at once raises `Already borrowed`."""
+        """Return this thread's copy: a fast tokenizer in use by two threads raises `Already borrowed`."""
         if not hasattr(self._copies, "processor"):
             with self._copying:
                 original = self._loaded.processor if self.has_vision else self._loaded.tokenizer
@@ -175,7 +179,8 @@ class Adapter:
     def _adds_special_tokens(self, text: str) -> bool:
         """Do as `apply_chat_template(tokenize=True)` does, so that no prompt begins with two BOS tokens.
 
-        A tokenizer's adds nothing to what the template wrote; a processor's does, unless the text begins with BOS.
+        A tokenizer's adds nothing to what the template wrote; a processor's does, unless the text begins with
+        BOS.
         """
         if self._chat.template is not None and not self.has_vision:
             return False
@@ -184,19 +189,25 @@ class Adapter:
 
     def _checked(self, inputs: dict[str, Any], has_image: bool) -> Encoded:
         if odd := [name for name, value in inputs.items() if not isinstance(value, torch.Tensor)]:
-            raise ValueError(f"the processor returned {odd[0]} as {type(inputs[odd[0]]).__name__}, not as a tensor")
+            raise ValueError(
+                f"the processor returned {odd[0]} as {type(inputs[odd[0]]).__name__}, not as a tensor"
+            )
         token_ids = inputs["input_ids"][0]
         n_tokens = len(token_ids)
         if not n_tokens:
             raise RejectedSample("its prompt has no tokens")
         if self.max_tokens is not None and n_tokens > self.max_tokens:
-            raise RejectedSample(f"its prompt has {n_tokens} tokens, and the model takes at most {self.max_tokens}")
+            raise RejectedSample(
+                f"its prompt has {n_tokens} tokens, and the model takes at most {self.max_tokens}"
+            )
         image_mask = torch.zeros(n_tokens, dtype=torch.bool)
         if self._image_token_id is not None:
             image_mask = token_ids == self._image_token_id
         if bool(image_mask.any()) != has_image:
             raise RejectedSample(
-                "it has an image, but its text has no place for it" if has_image else "its text wants an image"
+                "it has an image, but its text has no place for it"
+                if has_image
+                else "its text wants an image"
             )
         return Encoded(inputs=inputs, n_tokens=n_tokens, image_mask=image_mask)
 
@@ -212,8 +223,8 @@ def load(spec: ModelSpec) -> Adapter:
 def find_decoder_layers(model: Any) -> nn.ModuleList:
     """Return a transformers model's decoder blocks, found by structure.
 
-    They are the decoder's list of as many modules as its config has layers. Raises LookupError if there is no such
-    list, or several.
+    They are the decoder's list of as many modules as its config has layers. Raises LookupError if there is no
+    such list, or several.
     """
     n_layers = model.config.get_text_config().num_hidden_layers
     decoder = model.get_decoder()
@@ -225,8 +236,8 @@ def find_decoder_layers(model: Any) -> nn.ModuleList:
     if len(fitting) != 1:
         found = ", ".join(f"{name} ({len(m)})" for name, m in lists.items()) or "none"
         raise LookupError(
-            f"cannot tell the decoder blocks of {type(model).__name__}: expected one list of {n_layers} modules in "
-            f"its {type(decoder).__name__}, found {found}"
+            f"cannot tell the decoder blocks of {type(model).__name__}: expected one list of {n_layers} "
+            f"modules in its {type(decoder).__name__}, found {found}"
         )
     return fitting[0]
 
@@ -236,7 +247,9 @@ def _image_token_id(config: Any) -> int:
         token_id = getattr(config, name, None)
         if isinstance(token_id, int):
             return token_id
-    raise LookupError(f"the {type(config).__name__} has no image_token_id, so image tokens cannot be told from text")
+    raise LookupError(
+        f"the {type(config).__name__} has no image_token_id, so image tokens cannot be told from text"
+    )
 
 
 def _describe_processor(processor: Any) -> dict[str, Any]:

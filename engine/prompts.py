@@ -5,6 +5,8 @@ This module knows nothing about pixels, token ids, weights or data sets.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -15,7 +17,9 @@ from mmextract.engine.images import RejectedSample
 from mmextract.engine.samples import IMAGE_SLOT, Turn
 
 TEMPLATE_DATE = datetime(2024, 7, 26)
-"""What templates that print today's date (Llama 3's, SmolLM3's) are told, so that a run repeats on any day."""
+"""What templates that print today's date (Llama 3's, SmolLM3's) print, so that a run repeats on any day."""
+
+_DATE_CALL = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 _PROBE = "mmextract probe text"
 
@@ -25,8 +29,9 @@ Message = dict[str, Any]
 class ChatFormat:
     """How one model wants its conversations written.
 
-    processor: a transformers processor, or None for a text model. image_token: the model's image placeholder, or None
-    if it takes no images. Raises ValueError for a chat template that shows no user text in either way of passing it.
+    processor: a transformers processor, or None for a text model. image_token: the model's image placeholder,
+    or None if it takes no images. Raises ValueError for a chat template that shows no user text in either way
+    of passing it.
     """
 
     def __init__(self, tokenizer: Any, processor: Any | None, image_token: str | None) -> None:
@@ -36,18 +41,19 @@ class ChatFormat:
         names = ("image_token", "video_token", "audio_token")
         placeholders = {getattr(processor, name, None) for name in names} | {image_token}
         self._reserved = sorted(token for token in placeholders if isinstance(token, str) and token)
-        self.template: Any = None if self._owner is None else self._owner.chat_template
-        """The Jinja template (or a dict of named ones), None if the model has none."""
+        self.template = None if self._owner is None else _default_template(self._owner.chat_template)
+        """The Jinja template, None if the model has none."""
+        self._dated = _DATE_CALL.sub(_fixed_date, self.template or "")
         self.content = "plain" if self._owner is None else self._content_style()
-        """How the template wants a turn: as `parts` (image and text apart), as one `text`; `plain` without one."""
+        """How the template wants a turn: in `parts` (image, text) or as one `text`; `plain` without one."""
 
     def render(self, turns: Sequence[Turn]) -> str:
         """Return the prompt of a conversation, up to where the answer begins.
 
-        The slot in a turn's text becomes the model's image. One line break between slot and text is part of the slot.
-        Without a chat template the turns' texts are joined by line breaks. Raises RejectedSample for more than one
-        slot, a slot for a model that takes no images, a literal placeholder token in the text, and for conversations
-        that the template refuses.
+        The slot in a turn's text becomes the model's image. One line break between slot and text is part of
+        the slot. Without a chat template the turns' texts are joined by line breaks. Raises RejectedSample
+        for more than one slot, a slot for a model that takes no images, a literal placeholder token in the
+        text, and for conversations that the template refuses.
         """
         self._check(turns)
         if self.content == "plain":
@@ -59,7 +65,7 @@ class ChatFormat:
 
     def describe(self) -> dict[str, Any]:
         """Return everything that decides the text of a prompt, JSON-able."""
-        dated = _prints_date(self.template)
+        dated = self._dated != (self.template or "")
         return {
             "chat_template": self.template,
             "content": self.content,
@@ -94,14 +100,15 @@ class ChatFormat:
         return text if self._image_token is None else text.replace(IMAGE_SLOT, self._image_token)
 
     def _apply(self, messages: list[Message]) -> str:
-        date = {"strftime_now": TEMPLATE_DATE.strftime} if _prints_date(self.template) else {}
         assert self._owner is not None
-        text = self._owner.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **date)
+        text = self._owner.apply_chat_template(
+            messages, chat_template=self._dated, add_generation_prompt=True, tokenize=False
+        )
         assert isinstance(text, str)
         return text
 
     def _content_style(self) -> str:
-        """Try both ways of passing a turn, the usual one first, and take the one that shows the text as it is."""
+        """Try both ways of passing a turn, the usual one first; take the one that shows the text as it is."""
         styles: dict[str, Any] = {"text": _PROBE, "parts": [{"type": "text", "text": _PROBE}]}
         for style in ("parts", "text") if self._image_token is not None else ("text", "parts"):
             try:
@@ -115,5 +122,13 @@ class ChatFormat:
         )
 
 
-def _prints_date(template: Any) -> bool:
-    return "strftime_now" in str(template)
+def _default_template(template: str | dict[str, str]) -> str:
+    if isinstance(template, str):
+        return template
+    if "default" not in template:
+        raise ValueError(f"the model has several chat templates ({', '.join(template)}), but no default one")
+    return template["default"]
+
+
+def _fixed_date(call: re.Match[str]) -> str:
+    return json.dumps(TEMPLATE_DATE.strftime(call[2]))

@@ -70,16 +70,14 @@ def recognise(path: Path, known_columns: frozenset[str]) -> str:
     if known_columns & {name.strip(' "') for name in header.split(_delimiter(header))}:
         return "csv"
     raise ValueError(
-        f"{path} is in no known format: expected Parquet, JSON, JSON Lines, or UTF-8 text whose first line names "
-        f"CSV columns, among them one of {', '.join(sorted(known_columns))}; for images, give the folder they are in"
+        f"{path} is in no known format: expected Parquet, JSON, JSON Lines, or UTF-8 text whose first line "
+        f"names CSV columns, one of them {' or '.join(sorted(known_columns))}; for images, give their folder"
     )
 
 
 def _refuse_splits(path: Path) -> NoReturn:
-    content = _load_json((path / "dataset_dict.json").read_text("utf-8"), path / "dataset_dict.json")
-    splits = content.get("splits") if isinstance(content, dict) else None
-    names = [str(name) for name in splits] if isinstance(splits, list) else []
-    example = path / names[0] if names else path / "SPLIT"
+    names = sorted(place.parent.name for place in path.glob("*/state.json"))
+    example = path / (names[0] if names else "SPLIT")
     raise ValueError(f"{path} holds the splits {', '.join(names)}: name one of them, such as {example}")
 
 
@@ -134,14 +132,16 @@ def read_jsonl(path: Path) -> Iterator[Record]:
     """Yield one record a line; empty lines are skipped. Raises ValueError naming the line."""
     for number, line in _lines(path):
         if line.strip():
-            yield _record(_load_json(line, path, number), f"{path}:{number}")
+            yield _record(
+                _load_json(line.rstrip(), path, "one JSON object a line", number), f"{path}:{number}"
+            )
 
 
 def read_json(path: Path) -> Iterator[Record]:
     """Yield the records of a JSON list. Raises ValueError naming the line of invalid JSON, or the row."""
     data = path.read_bytes()
     try:
-        rows = _load_json(data.decode("utf-8-sig"), path)
+        rows = _load_json(data.decode("utf-8-sig"), path, "a JSON list")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}:{line}: not UTF-8 ({error.reason}): save the file as UTF-8") from error
@@ -205,12 +205,14 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 ) from error
 
 
-def _load_json(text: str, path: Path, first_line: int = 1) -> Any:
+def _load_json(text: str, path: Path, expected: str, first_line: int = 1) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
-        raise ValueError(f"{path}:{line}: invalid JSON: {error.msg} (column {error.colno})") from error
+        raise ValueError(
+            f"{path}:{line}: invalid JSON, expected {expected}: {error.msg} (column {error.colno})"
+        ) from error
     except (
         ValueError,
         RecursionError,

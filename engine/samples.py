@@ -37,7 +37,7 @@ from mmextract.engine.readers import (
     read_jsonl,
     recognise,
 )
-from mmextract.engine.sources import FileImage, file_image
+from mmextract.engine.sources import DatasetImage, FileImage, ParquetImage, file_image
 
 __all__ = ["FORMATS", "IMAGE_SLOT", "ROW_NUMBER", "Dataset", "ImageSource", "Sample", "Turn", "read_samples"]
 
@@ -59,6 +59,13 @@ READERS: Mapping[str, Callable[[Path], Iterator[Record]]] = {
 FORMATS = (*READERS, "llava", "qwen")
 """What `format` can be. The last two are conversations in a JSON list or in JSON Lines."""
 
+FOLDER_FORMATS = ("images", "datasets")
+
+FORCED_READERS = ("images", "jsonl", "json", "csv", "parquet")
+"""Formats that name their reader; for the others the content is looked at even where the format is given."""
+
+KNOWN_COLUMNS = frozenset((*ID_NAMES, *IMAGE_NAMES, *QUESTION_NAMES))
+
 RECORDS_TO_GUESS_FROM = 100
 """Records looked at until one shows which conversation format a JSON file is in."""
 
@@ -72,7 +79,7 @@ class Sample:
     image: ImageSource | None
     """Where the image comes from, None for text alone."""
     turns: tuple[Turn, ...]
-    """The conversation up to the user turn to be answered; exactly one IMAGE_SLOT in it if there is an image, else none."""
+    """The conversation up to the user turn to be answered. With an image, there is one IMAGE_SLOT in it."""
     answer: str
     """The expected answer, empty if unknown."""
     columns: Mapping[str, str | int | float | bool | None]
@@ -129,9 +136,8 @@ def read_samples(
         raise ValueError(
             f"{path} is a folder of images, which has no questions: give a prompt to ask of all (--prompt)"
         )
-    builder = _SampleBuilder(
-        image_root or (file if file.is_dir() else file.parent), dialect, prompt, id_column
-    )
+    root = (image_root or (file if file.is_dir() else file.parent)).absolute()
+    builder = _SampleBuilder(root, dialect, prompt, id_column)
     samples = tuple(builder.build(row, record) for row, record in enumerate(islice(records, limit)))
     if not samples:
         raise ValueError(f"{file} holds no samples")
@@ -155,29 +161,29 @@ def _check_arguments(
 
 
 def _open(path: Path, format: str | None) -> tuple[Path, str, Dialect, Iterator[Record]]:
-    """Return the file or folder to read, its format, the conversation format all records must have, and its records."""
+    """Return what to read, its format, the conversation format that its records must have, and these."""
     metadata = find_metadata(path) if path.is_dir() and format != "images" else None
     file = metadata or path
-    kind = (
-        format
-        if format in READERS
-        else recognise(file, frozenset((*ID_NAMES, *IMAGE_NAMES, *QUESTION_NAMES)))
-    )
-    if format is not None and file.is_dir() != (format in ("images", "datasets")):
-        expected = "a folder" if format in ("images", "datasets") else "a file"
+    if format is not None and file.is_dir() != (format in FOLDER_FORMATS):
+        expected = "a folder" if format in FOLDER_FORMATS else "a file"
         raise ValueError(f"{file} is not {expected}, which the format {format} needs")
+    kind = format if format in FORCED_READERS else recognise(file, KNOWN_COLUMNS)
+    if format == "datasets" and kind != "datasets":
+        raise ValueError(
+            f"{file} is not a data set saved by `datasets`: it lacks state.json or dataset_info.json"
+        )
     if format in ("llava", "qwen") and kind not in ("json", "jsonl"):
         raise ValueError(f"{file} is not JSON, which the format {format} needs, but {kind}")
     records = READERS[kind](file)
+    dialect: Dialect = "llava" if format == "llava" else "qwen" if format == "qwen" else None
     if format is None and kind in ("json", "jsonl"):
         seen = list(islice(records, RECORDS_TO_GUESS_FROM))
         records = chain(seen, records)
-        format = _guess_format(seen) or kind
-    dialect: Dialect = "llava" if format == "llava" else "qwen" if format == "qwen" else None
-    return file, format or kind, dialect, records
+        dialect = _guess_dialect(seen)
+    return file, format or dialect or kind, dialect, records
 
 
-def _guess_format(records: Sequence[Record]) -> Dialect:
+def _guess_dialect(records: Sequence[Record]) -> Dialect:
     if not records or not {"messages", "conversations"} & records[0].values.keys():
         return None
     return next((dialect for record in records if (dialect := guess_dialect(record.values))), "llava")
@@ -204,16 +210,13 @@ class _SampleBuilder:
         if self.id_column is None:
             self.id_column = next((name for name in ID_NAMES if name in record.values), ROW_NUMBER)
         conversation = parse_conversation(record.values, dialect=self.dialect, prompt=self.prompt)
+        used = conversation.used | ({self.id_column} - {ROW_NUMBER})
         sample = Sample(
             id=self._id(row, record),
             image=None if conversation.image is None else self._image(conversation.image),
             turns=conversation.turns,
             answer=conversation.answer,
-            columns={
-                name: _plain(value)
-                for name, value in record.values.items()
-                if name not in conversation.used and name != self.id_column
-            },
+            columns={name: _plain(value) for name, value in record.values.items() if name not in used},
         )
         self._add_to_digest(sample)
         return sample
@@ -225,12 +228,13 @@ class _SampleBuilder:
         id = as_text(record.values.get(self.id_column))
         if not id:
             raise ValueError(
-                f"no id in column `{self.id_column}`: give it one, or number the rows (--id-column {ROW_NUMBER})"
+                f"no id in column `{self.id_column}` (the record has {', '.join(record.values)}): add it, or "
+                f"number the rows (--id-column {ROW_NUMBER})"
             )
         if id in self.where_id_is:
             raise ValueError(
-                f"id {id!r} was already used at {self.where_id_is[id]}: give every sample its own, or number the rows "
-                f"(--id-column {ROW_NUMBER}), which keeps `{self.id_column}` as a column"
+                f"id {id!r} was already used at {self.where_id_is[id]}: give every sample its own, or number "
+                f"the rows (--id-column {ROW_NUMBER}), which keeps `{self.id_column}` as a column"
             )
         self.where_id_is[id] = record.where
         return id
@@ -238,9 +242,8 @@ class _SampleBuilder:
     def _image(self, image: Any) -> ImageSource:
         if isinstance(image, str):
             return file_image(self.image_root, image)
-        if hasattr(image, "read"):
-            found: ImageSource = image
-            return found
+        if isinstance(image, ParquetImage | DatasetImage):
+            return image
         raise ValueError(f"an image must be given by its path, got {image!r}")
 
     def _add_to_digest(self, sample: Sample) -> None:
@@ -251,7 +254,7 @@ class _SampleBuilder:
             self.digest.update(json.dumps(content, ensure_ascii=False, sort_keys=True).encode() + b"\n")
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"half a surrogate pair ({error.object[error.start]!r}) is not text: correct it"
+                f"half a surrogate pair ({error.object[error.start]!a}) is not text: correct it"
             ) from error
 
 
@@ -260,10 +263,10 @@ def _plain(value: Any) -> str | int | float | bool | None:
 
 
 def _check_images(samples: Sequence[Sample]) -> None:
-    """Raise ValueError if not a single image file is there: one missing is an accident, all are a wrong root."""
+    """Raise ValueError if not one image file is there: one missing is an accident, all are a wrong root."""
     files = [sample.image for sample in samples if isinstance(sample.image, FileImage)]
     if files and not any(image.is_listed() for image in files):
         raise ValueError(
-            f"none of the {len(files)} image files exists, the first would be {files[0].root / files[0].name}: "
+            f"none of the {len(files)} image files exists (the first is {files[0].root / files[0].name}): "
             "give the folder that their paths are relative to (--image-root)"
         )

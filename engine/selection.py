@@ -31,9 +31,10 @@ IndexArray = NDArray[np.int64]
 def parse_layers(text: str, n_layers: int) -> tuple[int, ...]:
     """Return the layers that `text` asks for, sorted, each once; EMBED comes first if asked for.
 
-    text: `all` (every decoder block), `embed`, an index (`4`, `-1` is the last), an inclusive range (`8-15`), a slice as
-    in Python (`::4`, `2:10:2`, its end excluded), or several of these separated by commas. n_layers: decoder blocks of
-    the model. Raises ValueError for anything else and for what lies outside the model, naming the valid range.
+    text: `all` (every decoder block), `embed`, an index (`4`, `-1` is the last), an inclusive range (`8-15`),
+    a slice as in Python (`::4`, `2:10:2`, its end excluded), or several of these separated by commas.
+    n_layers: decoder blocks of the model. Raises ValueError for anything else and for what lies outside the
+    model, naming the valid range.
     """
     layers: set[int] = set()
     for term in text.split(","):
@@ -95,8 +96,9 @@ class Position:
     """A token, or a named span of tokens that is pooled to its mean."""
 
     name: str
-    """`last`, `first`, an index such as `-2` or `5`, `mean` (of all tokens), `image` (mean of the image tokens),
-    `prompt` (mean of the text tokens, which are all that are not image tokens), or `all` (every token, not pooled)."""
+    """`last`, `first`, an index such as `-2` or `5`, `mean` (of all tokens), `image` (mean of the image
+    tokens), `prompt` (mean of the text tokens: all that are not image tokens), or `all` (each, unpooled).
+    """
 
     def __post_init__(self) -> None:
         if self.name not in NAMED_POSITIONS and not _INDEX.fullmatch(self.name):
@@ -108,8 +110,8 @@ class Position:
     def tokens(self, image_mask: ArrayLike) -> IndexArray:
         """Return the indices of the tokens of this position in one sample, int64 [n], ascending, n ≥ 1.
 
-        image_mask: bool [T], true at image tokens; T is the sample's number of tokens. Raises RejectedSample if the
-        sample has no such token.
+        image_mask: bool [T], true at image tokens; T is the sample's number of tokens. Raises RejectedSample
+        if the sample has no such token.
         """
         mask = np.asarray(image_mask, dtype=bool)
         match self.name:

@@ -24,7 +24,7 @@ from typing import Any
 from mmextract.engine.images import RejectedSample
 
 MAX_BYTES = 2**30
-"""Largest encoded image that is read: more than the largest one that may be decoded needs in any usual encoding."""
+"""Largest encoded image that is read: more than the most pixels that are decoded need in a usual encoding."""
 
 SAMPLE_ERRORS = {
     errno.ENOENT: "the image file is missing",
@@ -36,7 +36,7 @@ SAMPLE_ERRORS = {
     errno.ENXIO: "the image is not a regular file",
     errno.EISDIR: "the image is not a regular file",
 }
-"""Errors that are about one file. Any other (a failing disk, too many open files) would hit every sample: it ends the run."""
+"""Errors that are about one file. Others (a failing disk, too many open files) hit all, and end the run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,13 +97,12 @@ def file_image(root: Path, name: str) -> FileImage:
     path = Path(name.removeprefix("file://"))
     if "\0" in name or not path.name:
         raise ValueError(f"image {name!r} is not a path of a file")
-    for base in (root.absolute(), root.resolve()):
-        # without normalising, so that a link followed by `..` still means what it says; read() follows it
-        if path.is_absolute() and path.is_relative_to(base):
-            path = path.relative_to(base)
-    if path.is_absolute() or os.path.normpath(path).split(os.sep)[0] == os.pardir:
+    if path.is_absolute():
+        bases = (root.absolute(), root.resolve())
+        path = next((path.relative_to(base) for base in bases if path.is_relative_to(base)), path)
+    if path.is_absolute() or Path(os.path.normpath(path)).parts[:1] == (os.pardir,):
         raise ValueError(
-            f"image {name!r} lies outside of the image root {root}: give paths inside it, or another image root"
+            f"image {name!r} lies outside of the image root {root}: give paths inside it, or --image-root"
         )
     return FileImage(root=root, name=path.as_posix())
 

@@ -27,12 +27,16 @@ class TaskScores:
     """`label`, `control` or `majority`."""
     replicates: Mapping[str, FloatArray]
     """Metric → [1 + B]: the estimate, then its bootstrap replicates, if the protocol has any."""
+    y: IntArray
+    """[n] class of each sample, as this task has it."""
     decisions: FloatArray | None = None
     """[repeats, n, 1 or n_classes] logits of each sample from a probe that has not seen it; NaN where there is none."""
     folds: FoldArray | None = None
     """[repeats, n] fold in which each sample was tested; −1 where it was not."""
     penalties: tuple[float, ...] = ()
     """C of each fold's probe, repeat by repeat."""
+    solver: str = ""
+    """What fitted the outer probes."""
     n_fits: int = 0
     """Probes fitted, those of the inner splits included."""
     n_unconverged: int = 0
@@ -43,13 +47,15 @@ class TaskScores:
 
 @dataclass(kw_only=True)
 class _FitLog:
-    """Counts what was fitted."""
+    """Counts what was fitted; its last entry is that of an outer probe."""
 
+    solver: str = ""
     n_fits: int = 0
     n_unconverged: int = 0
     worst_residual: float = 0.0
 
     def add(self, solution: Solution) -> None:
+        self.solver = solution.method
         self.n_fits += 1
         self.n_unconverged += not solution.converged
         self.worst_residual = max(self.worst_residual, solution.residual)
@@ -68,6 +74,7 @@ def evaluate(
     results = [
         TaskScores(
             task=task.name,
+            y=task.y,
             replicates=replicates,
             decisions=decisions,
             folds=task.folds,
@@ -76,7 +83,7 @@ def evaluate(
         )
         for task, replicates, (decisions, penalties, log) in zip(tasks, scored, fitted, strict=True)
     ]
-    return [*results, TaskScores(task="majority", replicates=_score(majority, tasks[0], groups, settings))]
+    return [*results, TaskScores(task="majority", y=tasks[0].y, replicates=_score(majority, tasks[0], groups, settings))]
 
 
 def _outer_splits(task: Task) -> list[tuple[int, int]]:

@@ -10,11 +10,8 @@ What it cannot tell is in `design.find_leaks`' warnings. This module knows nothi
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 
@@ -58,9 +55,7 @@ def evaluate_paper(x: FloatArray, task: Task) -> list[TaskScores]:
     """
     train, test = task.folds[0] < 0, task.folds[0] == 0
     model = LogisticRegression(max_iter=MAX_ITER)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # counted below
-        model.fit(x[train], task.y[train])
+    model.fit(x[train], task.y[train])
     decided = model.decision_function(x[test]).reshape(int(test.sum()), -1)
     decisions = np.full((1, len(x), decided.shape[1]), np.nan)
     decisions[0, test] = decided
@@ -68,15 +63,17 @@ def evaluate_paper(x: FloatArray, task: Task) -> list[TaskScores]:
     return [
         TaskScores(
             task=task.name,
+            y=task.y,
             replicates=_accuracy(model.predict(x[test]) == y_test),
             decisions=decisions,
             folds=task.folds,
             penalties=(1.0,),
+            solver="sklearn lbfgs",
             n_fits=1,
             n_unconverged=int(model.n_iter_.max() >= MAX_ITER),
             worst_residual=kkt_residual(x[train], y_train, 1.0, model.coef_.T, model.intercept_),
         ),
-        TaskScores(task="majority", replicates=_accuracy(y_test == np.bincount(y_train).argmax())),
+        TaskScores(task="majority", y=task.y, replicates=_accuracy(y_test == np.bincount(y_train).argmax())),
     ]
 
 

@@ -8,15 +8,14 @@ about folds, labels' meaning or scores.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import sklearn
 from numpy.typing import NDArray
 from scipy.special import expit, softmax
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
@@ -57,6 +56,8 @@ class Solution:
     """[1] or [n_classes]."""
     n_iter: int
     """Iterations."""
+    method: str
+    """What fitted it."""
     residual: float
     """KKT residual: largest absolute entry of the objective's gradient in the scaled features, over C·m."""
 
@@ -73,10 +74,6 @@ class Solution:
 class Solver(Protocol):
     """Fits probes on rows of one matrix."""
 
-    @property
-    def name(self) -> str:
-        """What the output says was used."""
-
     def solve(self, x: FloatArray, jobs: Sequence[Job]) -> Iterator[list[Solution]]:
         """Yield, for each job in turn, a solution for each of its penalties. x: [n, D]."""
 
@@ -91,11 +88,6 @@ class SklearnSolver:
 
     method: str = "auto"
     """`newton-cholesky`, `lbfgs`, or `auto`: the first where there are at most LARGEST_NEWTON parameters."""
-
-    @property
-    def name(self) -> str:
-        """What the output says was used."""
-        return f"sklearn {self.method}" if self.method != "auto" else "sklearn"
 
     def solve(self, x: FloatArray, jobs: Sequence[Job]) -> Iterator[list[Solution]]:
         """Yield, for each job in turn, a solution for each of its penalties. x: [n, D]."""
@@ -113,10 +105,10 @@ class SklearnSolver:
         )
         solutions = []
         for penalty in job.penalties:
-            with warnings.catch_warnings():
-                # whether it converged is measured below, from the solution itself
-                warnings.simplefilter("ignore", ConvergenceWarning)
-                model.set_params(C=penalty).fit(z, job.y)
+            model.C = penalty
+            # the input was checked when it was read; for fits of a few milliseconds checking again is a large share
+            with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
+                model.fit(z, job.y)
             weights = model.coef_.T if basis is None else basis @ model.coef_.T
             coefficients = weights / scale[:, None]
             solutions.append(
@@ -125,6 +117,7 @@ class SklearnSolver:
                     coefficients=coefficients,
                     intercept=model.intercept_ - center @ coefficients,
                     n_iter=int(np.max(model.n_iter_)),
+                    method=f"sklearn {model.solver}",
                     residual=kkt_residual(z, job.y, penalty, model.coef_.T, model.intercept_),
                 )
             )

@@ -1,0 +1,190 @@
+"""What a run leaves behind: JSON, CSV, Parquet, figures and the report, each written whole or not at all.
+
+This module knows nothing about how scores or sentences came about.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import io
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from mmextract.probes.figures import Look, draw, save
+from mmextract.probes.report import render
+from mmextract.probes.summary import COLUMNS, Row, Summary
+from mmextract.probes.tasks import SHUFFLES
+
+FORMAT = 1
+PACKAGES = ("mmextract", "numpy", "scipy", "scikit-learn", "dask", "zarr", "pyarrow", "matplotlib")
+
+FILES = ("probe.csv", "probe.parquet", "scores.parquet", "curves.png", "curves.svg", "report.html", "probe.json")
+"""In the order in which they are put in place: where probe.json is, the others are of the same run."""
+
+_SCHEMA = pa.schema(
+    [
+        pa.field(name, kind, metadata={"about": COLUMNS[name]})
+        for name, kind in (
+            *(("layer", pa.int32()), ("position", pa.string()), ("label", pa.string())),
+            *(("task", pa.string()), ("metric", pa.string()), ("value", pa.float64())),
+            *(("low", pa.float64()), ("high", pa.float64())),
+            *(("simultaneous_low", pa.float64()), ("simultaneous_high", pa.float64())),
+            *(("n_samples", pa.int64()), ("n_groups", pa.int64()), ("n_classes", pa.int64())),
+            *(("c", pa.float64()), ("solver", pa.string()), ("n_fits", pa.int64()), ("n_unconverged", pa.int64())),
+        )
+    ]
+)
+
+
+def write_outputs(summary: Summary, folder: Path, command: str) -> list[Path]:
+    """Write all FILES into `folder` and return their paths. command: what the user ran, to be written down.
+
+    Raises OSError if the folder cannot be written; then no file was replaced.
+    """
+    record = make_record(summary, command)
+    table = make_table(summary.rows)
+    figure = draw(summary, Look())
+    contents = {
+        "probe.csv": _csv(table),
+        "probe.parquet": _parquet(table),
+        "scores.parquet": _parquet(make_score_table(summary)),
+        "curves.png": save(figure, "png"),
+        "curves.svg": save(figure, "svg"),
+        "report.html": render(summary, record).encode(),
+        "probe.json": (json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode(),
+    }
+    return _replace_all(folder, {name: contents[name] for name in FILES})
+
+
+def make_record(summary: Summary, command: str) -> dict[str, Any]:
+    """Return everything about the run, JSON-able: what was found, from what, how, with which versions."""
+    run, design = summary.run, summary.run.design
+    n_in_class = np.bincount(design.y, minlength=len(design.classes)).tolist()
+    return {
+        "format": FORMAT,
+        "headline": summary.headline,
+        "warnings": summary.warnings,
+        "notes": list(design.notes),
+        "best": asdict(summary.best),
+        "command": command,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
+        },
+        "store": {
+            "path": str(run.store),
+            "n_samples": run.n_stored,
+            "fingerprint": fingerprint(run.attributes),
+            "attributes": dict(run.attributes),
+        },
+        "settings": asdict(run.settings),
+        "design": {
+            "label": design.label,
+            "classes": dict(zip(design.classes, n_in_class, strict=True)),
+            "positive": design.classes[1] if len(design.classes) == 2 else None,
+            "group": design.group,
+            "structure": design.structure,
+            "n_samples": design.n_samples,
+            "n_groups": design.n_groups,
+            "dropped": dict(design.dropped),
+            "control": None if summary.is_paper else SHUFFLES[design.structure],
+        },
+        "layers": list(run.layers),
+        "positions": list(run.positions),
+        "fits": {
+            "n": summary.n_fits,
+            "n_unconverged": summary.n_unconverged,
+            "worst_residual": max(s.worst_residual for cell in run.scores.values() for s in cell),
+        },
+        "columns": dict(COLUMNS),
+        "rows": [_finite(asdict(row)) for row in summary.rows],
+    }
+
+
+def fingerprint(attributes: Mapping[str, Any]) -> str:
+    """Return a hash of how a store was made, hex: two stores have the same if the same run made them."""
+    return hashlib.sha256(json.dumps(attributes, sort_keys=True).encode()).hexdigest()
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the row with null for what JSON cannot say."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def make_table(rows: Sequence[Row]) -> pa.Table:
+    """Return the tidy table, a row a (layer, position, task, metric); `COLUMNS` says what each column means."""
+    return pa.Table.from_pylist([asdict(row) for row in rows], schema=_SCHEMA)
+
+
+def make_score_table(summary: Summary) -> pa.Table:
+    """Return what each probe said of each sample it had not seen: a row a (layer, position, task, repeat, sample).
+
+    `score` is the logit of the positive class; with more than two classes there is one `score_<class>` each.
+    """
+    run, design = summary.run, summary.run.design
+    samples, groups = np.array(run.samples, object), np.array(run.group_names, object)
+    classes = np.array(design.classes, object)
+    binary = len(classes) == 2
+    names = ["score"] if binary else [f"score_{name}" for name in classes]
+    tables = []
+    for (layer, position), cell in run.scores.items():
+        for scores in cell:
+            if scores.decisions is None or scores.folds is None:
+                continue
+            repeat, index = np.nonzero(scores.folds >= 0)
+            n = len(index)
+            decided = scores.decisions[repeat, index]  # [n, outputs]
+            columns = {
+                "sample": samples[index],
+                "group": groups[index],
+                "class": classes[scores.y[index]],
+                "layer": np.full(n, layer, np.int32),
+                "position": [position] * n,
+                "task": [scores.task] * n,
+                "repeat": repeat.astype(np.int16),
+                "fold": scores.folds[repeat, index],
+                **dict(zip(names, decided.T, strict=True)),
+            }
+            tables.append(pa.table(columns))
+    return pa.concat_tables(tables)
+
+
+def _csv(table: pa.Table) -> bytes:
+    out = io.BytesIO()
+    pyarrow.csv.write_csv(table, out)
+    return out.getvalue()
+
+
+def _parquet(table: pa.Table) -> bytes:
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(table, out, compression="zstd")
+    return out.getvalue()
+
+
+def _replace_all(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
+    """Write every file under a temporary name, then put all in place, in the order given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in contents}
+    try:
+        for name, data in contents.items():
+            temporary[name].write_bytes(data)
+        for name, path in temporary.items():
+            path.replace(folder / name)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+    return [folder / name for name in contents]
