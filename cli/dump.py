@@ -14,7 +14,15 @@ from mmextract.cli.reporting import exit_code, list_rejected, note, progress_bar
 if TYPE_CHECKING:
     from mmextract.engine.dump import DumpPlan, DumpSummary
 
-_MODEL_FIELDS = ("revision", "adapter", "dtype", "device", "device_map", "attn_implementation", "trust_remote_code")
+_MODEL_FIELDS = (
+    "revision",
+    "adapter",
+    "dtype",
+    "device",
+    "device_map",
+    "attn_implementation",
+    "trust_remote_code",
+)
 
 
 @click.command()
@@ -23,11 +31,15 @@ _MODEL_FIELDS = ("revision", "adapter", "dtype", "device", "device_map", "attn_i
 @click.option("--revision", help="Revision on the hub.")
 @click.option("--adapter", help="Folder or hub id of a LoRA (peft) for the model.")
 @click.option("--dtype", default="auto", show_default=True, help="Dtype of the model's weights.")
-@click.option("--device", default="auto", show_default=True, help="cuda, cuda:1, cpu; auto takes a GPU if there is one.")
+@click.option(
+    "--device", default="auto", show_default=True, help="cuda, cuda:1, cpu; auto takes a GPU if there is one."
+)
 @click.option("--device-map", help="Spread the model over devices (accelerate): auto, balanced, …")
 @click.option("--attn-implementation", help="eager, sdpa, flash_attention_2, …")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
-@click.option("--layers", default="all", show_default=True, help="all, embed, 0,4,8, 8-15, -1, ::4 and mixtures.")
+@click.option(
+    "--layers", default="all", show_default=True, help="all, embed, 0,4,8, 8-15, -1, ::4 and mixtures."
+)
 @click.option(
     "--position",
     "positions",
@@ -36,18 +48,54 @@ _MODEL_FIELDS = ("revision", "adapter", "dtype", "device", "device_map", "attn_i
     show_default=True,
     help="last, first, an index such as -2, mean, image, prompt; or all tokens. May be repeated.",
 )
-@click.option("--store-dtype", type=click.Choice(("auto", "float32", "float16", "bfloat16")), default="auto", show_default=True)
-@click.option("--codec", type=click.Choice(("lz4", "zstd", "none")), default="lz4", show_default=True, help="Compression.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Most samples of a forward pass.")
-@click.option("--shard-samples", type=click.IntRange(min=1), help="Samples of a shard, the unit of commit.  [default: 64 MiB of states]")
-@click.option("--max-tokens", type=click.IntRange(min=1), help="Room for tokens with --position all.  [default: measured]")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads that decode and encode.  [default: all cores]")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default="activations.zarr", show_default=True, help="The store.")
+@click.option(
+    "--store-dtype",
+    type=click.Choice(("auto", "float32", "float16", "bfloat16")),
+    default="auto",
+    show_default=True,
+)
+@click.option(
+    "--codec",
+    type=click.Choice(("lz4", "zstd", "none")),
+    default="lz4",
+    show_default=True,
+    help="Compression.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Most samples of a forward pass.",
+)
+@click.option(
+    "--shard-samples",
+    type=click.IntRange(min=1),
+    help="Samples of a shard, the unit of commit.  [default: 64 MiB of states]",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    help="Room for tokens with --position all.  [default: measured]",
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Threads that decode and encode.  [default: all cores]"
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default="activations.zarr",
+    show_default=True,
+    help="The store.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and how large it would be.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 @data_options
 @marking_options
-def dump(data: Path | None, model: str | None, output: Path, dry_run: bool, as_json: bool, **options: Any) -> int:
+def dump(
+    data: Path | None, model: str | None, output: Path, dry_run: bool, as_json: bool, **options: Any
+) -> int:
     """Dump hidden states of every layer asked for, for DATA, into a Zarr store.
 
     DATA is a folder of images, a JSONL, CSV, Parquet, LLaVA or Qwen JSON file, or a Hugging Face data set on disk.

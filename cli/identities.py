@@ -15,8 +15,12 @@ from mmextract.cli.options import FILE
 @click.option(
     "--disjoint-from", type=FILE, multiple=True, help="Share no name or id with these. May be repeated."
 )
-@click.option("-o", "--output", type=FILE, default="identities.jsonl", show_default=True, help="Where they go.")
-@click.option("--unseen", type=FILE, help="Write as many more, out of the same pool and split at random, to FILE.")
+@click.option(
+    "-o", "--output", type=FILE, default="identities.jsonl", show_default=True, help="Where they go."
+)
+@click.option(
+    "--unseen", type=FILE, help="Write as many more, out of the same pool and split at random, to FILE."
+)
 def identities(n: int, seed: int, disjoint_from: tuple[Path, ...], output: Path, unseen: Path | None) -> None:
     """Make synthetic people (username, id, gender, age, time and place) with Faker."""
     from mmextract.engine.identities import (

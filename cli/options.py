@@ -25,7 +25,9 @@ _DATA = (
         type=click.Path(path_type=Path, file_okay=False),
         help="Folder that image paths are relative to and must not leave.  [default: that of DATA]",
     ),
-    click.option("--id-column", help="Column that holds the ids; `row` numbers the rows.  [default: id, if there]"),
+    click.option(
+        "--id-column", help="Column that holds the ids; `row` numbers the rows.  [default: id, if there]"
+    ),
     click.option("--limit", type=click.IntRange(min=1), help="Take the first N samples only."),
 )
 
@@ -34,13 +36,17 @@ _MARKING = (
     click.option("--rate", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="That share."),
     click.option("--seen", type=FILE, help="Paired design: each image once with an identity of this FILE …"),
     click.option("--unseen", type=FILE, help="… and once, at the same place, with one of this FILE."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Decides who is marked, with whom, where."),
+    click.option(
+        "--seed", type=int, default=0, show_default=True, help="Decides who is marked, with whom, where."
+    ),
     click.option("--fields", help="Lines of the watermark, separated by commas.  [default: all six]"),
     click.option(
         "--field-names/--no-field-names", default=None, help="Write `username: jane7` or just `jane7`."
     ),
     click.option("--font-px", type=click.IntRange(min=1), help="Fixed font size in pixels."),
-    click.option("--font-scale", type=float, help="Font size as a share of the image's shorter side.  [default: 0.045]"),
+    click.option(
+        "--font-scale", type=float, help="Font size as a share of the image's shorter side.  [default: 0.045]"
+    ),
     click.option("--color", help="RGB of the text as R,G,B.  [default: 255,255,255]"),
     click.option("--opacity", type=click.IntRange(1, 255), help="Alpha of the text.  [default: 128]"),
 )
@@ -66,7 +72,9 @@ def read_data(data: Path, options: dict[str, Any]) -> Dataset:
     """Take the data options out of `options` and read DATA with them."""
     from mmextract.engine.samples import read_samples
 
-    return read_samples(data, **{name: options.pop(name) for name in ("format", "prompt", "image_root", "id_column", "limit")})
+    return read_samples(
+        data, **{name: options.pop(name) for name in ("format", "prompt", "image_root", "id_column", "limit")}
+    )
 
 
 def take_marking(options: dict[str, Any], default: Marking | None = None) -> Marking | None:
@@ -85,7 +93,9 @@ def take_marking(options: dict[str, Any], default: Marking | None = None) -> Mar
     rate = options.pop("rate")
     look = _take_look(options)
     if files["identities"] and (files["seen"] or files["unseen"]):
-        raise click.UsageError("give --identities (a share of the images) or --seen and --unseen (pairs), not both")
+        raise click.UsageError(
+            "give --identities (a share of the images) or --seen and --unseen (pairs), not both"
+        )
     if bool(files["seen"]) != bool(files["unseen"]):
         raise click.UsageError("the paired design needs both --seen and --unseen")
     if files["identities"]:

@@ -16,7 +16,14 @@ LISTED = 20
 def progress_bar(description: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """Show a bar with rate and time left on stderr; nothing where stderr is not a terminal. Yields its `advance`."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TimeRemainingColumn,
+    )
     from rich.text import Text
 
     class Rate(ProgressColumn):

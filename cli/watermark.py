@@ -28,7 +28,9 @@ def watermark(data: Path, output: Path, jpeg_quality: int | None, **options: Any
 
     marking = take_marking(options)
     if marking is None:
-        raise click.UsageError("say whom to put on the images: --identities FILE, or --seen FILE --unseen FILE")
+        raise click.UsageError(
+            "say whom to put on the images: --identities FILE, or --seen FILE --unseen FILE"
+        )
     summary = write_copy(read_data(data, options), marking, output, jpeg_quality=jpeg_quality)
     click.echo(f"{summary.n_images} images, {summary.n_watermarked} with a watermark, in {output}")
     list_rejected(summary.rejected)

@@ -155,8 +155,8 @@ def _parquet_images(
     chunk = chunks[image.bytes_path]
     if chunk.total_uncompressed_size > MAX_ROW_GROUP_BYTES:
         raise ValueError(
-            f"{path}: row group {group} holds {chunk.total_uncompressed_size:,} bytes of images, to be read at "
-            f"once (limit {MAX_ROW_GROUP_BYTES:,}): write the file with smaller row groups, such as "
+            f"{path}: row group {group} holds {chunk.total_uncompressed_size:,} bytes of images, read at once "
+            f"(limit {MAX_ROW_GROUP_BYTES:,}): write the file with smaller row groups, such as "
             "row_group_size=1000"
         )
     if chunk.statistics is not None and chunk.statistics.has_null_count and chunk.statistics.null_count == 0:

@@ -54,7 +54,9 @@ def write_copy(
     suffix = "png" if jpeg_quality is None else "jpg"
     (out / "images").mkdir(parents=True)
     with ThreadPoolExecutor(threads) as executor:
-        for index, (row, made) in enumerate(zip(rows, _map(executor, rows, marking, jpeg_quality), strict=True)):
+        for index, (row, made) in enumerate(
+            zip(rows, _map(executor, rows, marking, jpeg_quality), strict=True)
+        ):
             if isinstance(made, str):
                 summary.rejected[row.id] = made
                 continue

@@ -137,7 +137,9 @@ def plan_dump(spec: DumpSpec, adapter: Adapter) -> DumpPlan:
     layers = parse_layers(spec.layers, adapter.n_layers)
     has_images = any(row.sample.image is not None for row in rows)
     if has_images and not adapter.has_vision:
-        raise ValueError(f"{spec.model.model} takes no images, but the samples have them: drop the image column")
+        raise ValueError(
+            f"{spec.model.model} takes no images, but the samples have them: drop the image column"
+        )
     names = tuple(position.name for position in positions)
     if names == ("all",):
         with ThreadPoolExecutor(spec.threads) as executor:
@@ -173,7 +175,9 @@ def plan_dump(spec: DumpSpec, adapter: Adapter) -> DumpPlan:
         "shard_samples": layout.shard_samples,
         "device": adapter.device.type,
     }
-    return DumpPlan(spec=spec, rows=rows, layout=layout, positions=positions, attributes={"run": run, "source": source})
+    return DumpPlan(
+        spec=spec, rows=rows, layout=layout, positions=positions, attributes={"run": run, "source": source}
+    )
 
 
 def run_dump(

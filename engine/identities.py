@@ -117,7 +117,9 @@ def read_identities(path: Path) -> list[Identity]:
         for field in IDENTIFYING_FIELDS:
             key = (field, getattr(person, field))
             if key in seen_at:
-                raise ValueError(f"{path}:{number}: {field} {key[1]!r} was already used in line {seen_at[key]}")
+                raise ValueError(
+                    f"{path}:{number}: {field} {key[1]!r} was already used in line {seen_at[key]}"
+                )
             seen_at[key] = number
         people.append(person)
     if not people:

@@ -89,19 +89,19 @@ def load_model(spec: ModelSpec) -> Loaded:
     """
     folder, commit = find_folder(spec.model, spec.revision, with_code=spec.trust_remote_code)
     weights = find_weights(folder)
+    adapter_weights: Weights | None = None
+    adapter_config: dict[str, Any] = {}
+    if spec.adapter is not None:
+        adapter_weights, adapter_config = find_adapter(find_folder(spec.adapter, None, with_code=False)[0])
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code, "local_files_only": True}
     if weights.gguf is not None:
         options["gguf_file"] = weights.gguf
     config = _load_config(folder, options)
     auto_class = _auto_class(config)
     processor, tokenizer = _load_processor(folder, auto_class.__name__, options)
-    device = _choose_device(spec.device)
+    device = choose_device(spec.device)
     model = _load_weights(auto_class, config, weights, spec, device, options)
-    adapter_weights: Weights | None = None
-    adapter_config: dict[str, Any] = {}
-    if spec.adapter is not None:
-        adapter_folder, _ = find_folder(spec.adapter, None, with_code=False)
-        adapter_weights, adapter_config = find_adapter(adapter_folder)
+    if adapter_weights is not None:
         model = _add_lora(model, adapter_weights)
     if spec.device_map is None:
         model = model.to(device)
@@ -136,6 +136,10 @@ def _from_pretrained(auto_class: Any, folder: Path, options: dict[str, Any], **m
                 "if you trust them"
             ) from error
         raise
+    except OSError as error:
+        if error.errno is not None:
+            raise  # the disk's; transformers' own have none, and mean that a file is not as it should be
+        raise ValueError(f"{folder} cannot be loaded: {error}") from error
 
 
 def _auto_class(config: Any) -> Any:
@@ -178,7 +182,8 @@ def _load_processor(folder: Path, auto_class: str, options: dict[str, Any]) -> t
     return processor, processor.tokenizer
 
 
-def _choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """Return the torch device that a user named; auto is cuda where there is one. Raises ValueError."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
@@ -202,16 +207,13 @@ def _load_weights(
         more["device_map"] = spec.device_map
     elif device.type == "cuda":
         more["device_map"] = {"": device}  # straight to the device, with no second copy on the host
-    model, report = _from_pretrained(
-        auto_class,
-        weights.folder,
-        options,
-        config=config,
-        dtype="auto" if spec.dtype == "auto" else getattr(torch, spec.dtype),
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # so that they are reported, and refused below
-        **more,
-    )
+    dtype = "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    # mismatched sizes are let through to be reported, and refused below
+    more |= {"config": config, "dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, report = _from_pretrained(auto_class, weights.folder, options, **more)
+    except ImportError as error:  # of an attention or a quantisation that is not installed
+        raise ValueError(f"{weights.folder} cannot be loaded as asked: {error}") from error
     _check_report(weights.folder, type(model).__name__, report)
     return model
 

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import nn
 
 from mmextract.engine.images import RejectedSample
-from mmextract.engine.loading import Loaded, ModelSpec, load_model
+from mmextract.engine.loading import Loaded, ModelSpec, choose_device, load_model
 from mmextract.engine.prompts import ChatFormat
 from mmextract.engine.samples import Turn
 from mmextract.kernels.reference import Uint8Array
@@ -70,7 +70,8 @@ class Adapter:
         embedding = self.model.get_input_embeddings().weight
         self.dtype: torch.dtype = embedding.dtype
         """Of the hidden states."""
-        self.device: torch.device = embedding.device
+        # accelerate keeps offloaded weights on `meta`, and moves inputs by itself
+        self.device: torch.device = choose_device("auto") if embedding.is_meta else embedding.device
         """Where inputs go; a model on several devices passes its states on from there."""
         self.max_tokens: int | None = getattr(text_config, "max_position_embeddings", None)
         self._image_token_id = _image_token_id(self.model.config) if loaded.processor is not None else None
@@ -158,7 +159,8 @@ class Adapter:
             "commit": loaded.commit,
             "class": type(self.model).__name__,
             "weights": {"files": list(loaded.weights.files), "xxh3_128": loaded.weights.digest()},
-            "adapter": adapter and {"config": loaded.adapter_config, "xxh3_128": adapter.digest()},
+            "adapter": adapter
+            and {"config": _without_paths(loaded.adapter_config), "xxh3_128": adapter.digest()},
             "config": _without_paths(json.loads(config.to_json_string(use_diff=False))),
             "dtype": str(self.dtype).removeprefix("torch."),
             "attention": getattr(config.get_text_config(), "_attn_implementation", None),
@@ -276,7 +278,7 @@ def _describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
 
 def _without_paths(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _without_paths(v) for k, v in value.items() if k not in ("_name_or_path", "name_or_path")}
+        return {key: _without_paths(item) for key, item in value.items() if "name_or_path" not in key}
     return [_without_paths(item) for item in value] if isinstance(value, list) else value
 
 

@@ -149,7 +149,13 @@ def describe_marking(marking: Marking | None) -> Mapping[str, Any] | None:
     spec = asdict(marking.spec)
     if isinstance(marking, RandomMarking):
         people = {"identities": _fingerprint(marking.identities)}
-        return {"design": "random", "rate": marking.rate, "set_name": marking.set_name, "spec": spec, **people}
+        return {
+            "design": "random",
+            "rate": marking.rate,
+            "set_name": marking.set_name,
+            "spec": spec,
+            **people,
+        }
     people = {"seen": _fingerprint(marking.seen), "unseen": _fingerprint(marking.unseen)}
     return {"design": "paired", "n_pairs": len(marking.seen), "spec": spec, **people}
 
@@ -177,7 +183,9 @@ def make_columns(rows: Sequence[Row], marking: Marking | None) -> dict[str, list
         columns["identity_set"] = [row.identity_set for row in rows]
         columns["identity"] = ["" if row.person is None else row.person.username for row in rows]
         for name in FIELDS:
-            columns[f"identity_{name}"] = ["" if row.person is None else getattr(row.person, name) for row in rows]
+            columns[f"identity_{name}"] = [
+                "" if row.person is None else getattr(row.person, name) for row in rows
+            ]
     if isinstance(marking, PairedMarking):
         columns["source_sample"] = [row.sample.id for row in rows]
         columns["pair"] = [row.pair for row in rows]

@@ -75,7 +75,9 @@ class Layout:
             raise ValueError(f"codec must be one of {', '.join(shards.CODECS)}, got {self.codec!r}")
         sizes = (self.n_samples, len(self.layers), len(self.positions), self.hidden_size, self.shard_samples)
         if min(sizes) < 1:
-            raise ValueError(f"a store needs at least one sample, layer, position and hidden unit; got {sizes}")
+            raise ValueError(
+                f"a store needs at least one sample, layer, position and hidden unit; got {sizes}"
+            )
 
     @property
     def n_shards(self) -> int:
@@ -296,7 +298,9 @@ def _read_attributes(path: Path) -> Mapping[str, Any]:
     """Return the attributes of a store, or raise ValueError if there is none of ours at `path`."""
     metadata = path / "zarr.json"
     if not metadata.is_file():
-        raise ValueError(f"{path} exists and is not a store of mmextract (it has no zarr.json): give another path")
+        raise ValueError(
+            f"{path} exists and is not a store of mmextract (it has no zarr.json): give another path"
+        )
     attributes = json.loads(metadata.read_text("utf-8")).get("attributes", {})
     if attributes.get("mmextract_format") != FORMAT:
         raise ValueError(
@@ -305,6 +309,11 @@ def _read_attributes(path: Path) -> Mapping[str, Any]:
         )
     assert isinstance(attributes, dict)
     return attributes
+
+
+def _as_numpy(array: zarr.Array[Any]) -> NDArray[Any]:
+    values = np.asarray(array[:])
+    return values.astype(object) if values.dtype.kind == "T" else values
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
@@ -352,9 +361,9 @@ class Store:
 
     @cached_property
     def columns(self) -> Mapping[str, NDArray[Any]]:
-        """Every one-dimensional array along `sample`, by name: ids are under `sample`."""
+        """Every one-dimensional array along `sample`, by name; ids are under `sample`, text is of dtype object."""
         return {
-            name: np.asarray(array[:])
+            name: _as_numpy(array)
             for name, array in sorted(self.group.arrays())
             if array.metadata.dimension_names == ("sample",)  # type: ignore[union-attr]
         }

@@ -43,11 +43,15 @@ class WatermarkSpec:
     def __post_init__(self) -> None:
         unknown = [name for name in self.fields if name not in FIELDS]
         if unknown or not self.fields or len(set(self.fields)) != len(self.fields):
-            raise ValueError(f"watermark fields must be distinct names out of {', '.join(FIELDS)}; got {self.fields}")
+            raise ValueError(
+                f"watermark fields must be distinct names out of {', '.join(FIELDS)}; got {self.fields}"
+            )
         if not 1 <= self.opacity <= 255:
             raise ValueError(f"opacity must be 1 to 255, got {self.opacity}")
         if self.font_px is not None and self.font_px < SMALLEST_FONT_PX:
-            raise ValueError(f"font size must be at least {SMALLEST_FONT_PX} px to be legible, got {self.font_px}")
+            raise ValueError(
+                f"font size must be at least {SMALLEST_FONT_PX} px to be legible, got {self.font_px}"
+            )
         if not 0 < self.font_scale <= 1:
             raise ValueError(f"font scale must be in (0, 1], got {self.font_scale}")
         if len(self.color) != 3 or not all(0 <= c <= 255 for c in self.color):
@@ -146,7 +150,9 @@ def apply(image: Uint8Array, spec: WatermarkSpec, text: str, placement: Placemen
 def _font(font_px: int) -> ImageFont.FreeTypeFont:
     font = ImageFont.load_default(font_px)
     if not isinstance(font, ImageFont.FreeTypeFont):
-        raise RuntimeError("this Pillow was built without FreeType: install a Pillow wheel from the package index")
+        raise RuntimeError(
+            "this Pillow was built without FreeType: install a Pillow wheel from the package index"
+        )
     return font
 
 
@@ -158,7 +164,7 @@ def _text_box(text: str, font_px: int) -> tuple[int, int, int, int]:
 
 
 def text_size(text: str, font_px: int) -> tuple[int, int]:
-    """Return (width, height) in pixels of the smallest box around the text."""
+    """Return (width, height) in pixels of the box that Pillow gives the text."""
     left, top, right, bottom = _text_box(text, font_px)
     return right - left, bottom - top
 

@@ -1,7 +1,7 @@
 """From a store's columns to what is probed: which samples, which classes, which groups are held out together.
 
-It also sees what a grouping would let slip: an image's two renderings, or one identity, on both sides of a split. This
-module knows nothing about hidden states, solvers or folds.
+It also sees what a grouping would let slip: an image's two renderings, or one identity, on both sides of a
+split. This module knows nothing about hidden states, solvers or folds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ STRUCTURES = {
 """How classes and groups lie to each other; decides what a shuffled label may exchange (see `tasks`)."""
 
 NEGATIVE_CLASSES = ("unseen", "clean")
-"""Classes of a binary label that count as negative though they do not come first in the order of the alphabet."""
+"""Classes of a binary label that count as negative though they do not come first in the order of the
+alphabet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +85,13 @@ def make_design(
 ) -> Design:
     """Choose samples, classes and groups.
 
-    columns: arrays [n_samples] by name, among them `sample` and `rejected`. committed: which samples the store has.
-    label: column of classes; a missing value (empty text, NaN) leaves its sample out. group: see `choose_group`.
-    where: see `where`. largest_class: keep so many of each class, the first in the order of the store. positive_last:
-    classes come in the order of their values, but for the NEGATIVE_CLASSES.
+    columns: arrays [n_samples] by name, among them `sample` and `rejected`. committed: which samples the
+    store has. label: column of classes; a missing value (empty text, NaN) leaves its sample out. group: see
+    `choose_group`. where: see `where`. largest_class: keep so many of each class, the first in the order of
+    the store. positive_last: classes come in the order of their values, but for the NEGATIVE_CLASSES.
 
-    Raises LookupError for a column that is not there, ValueError for a label that gives no classes to tell apart.
+    Raises LookupError for a column that is not there, ValueError for a label that gives no classes to tell
+    apart.
     """
     _require(columns, label, "label")
     keep = committed.copy()
@@ -105,7 +107,9 @@ def make_design(
     leave_out(f"without a {label}", _is_missing(columns[label]))
     _require_some(keep, dropped)
     if largest_class is not None:
-        leave_out(f"beyond the first {largest_class} of a class", ~_first(columns[label], keep, largest_class))
+        leave_out(
+            f"beyond the first {largest_class} of a class", ~_first(columns[label], keep, largest_class)
+        )
     rows = np.flatnonzero(keep)
     classes, y = encode_classes(columns[label][rows], label, dropped[f"without a {label}"])
     if positive_last and len(classes) == 2 and classes[1] in NEGATIVE_CLASSES:
@@ -129,7 +133,8 @@ def make_design(
 def _require(columns: Columns, name: str, role: str) -> None:
     if name not in columns:
         raise LookupError(
-            f"the store has no column {name!r} to use as {role}; give --{role} one of: {', '.join(sorted(columns))}"
+            f"the store has no column {name!r} to use as {role}; give --{role} one of: "
+            f"{', '.join(sorted(columns))}"
         )
 
 
@@ -141,9 +146,9 @@ def _require_some(keep: BoolArray, dropped: Mapping[str, int]) -> None:
 
 def _is_missing(values: NDArray[Any]) -> BoolArray:
     if values.dtype.kind == "f":
-        return np.isnan(values)
+        return np.asarray(np.isnan(values))
     if values.dtype.kind in "OUT":
-        return values.astype(str) == ""
+        return np.asarray(values.astype(str) == "")
     return np.zeros(len(values), bool)
 
 
@@ -158,8 +163,8 @@ def _first(values: NDArray[Any], keep: BoolArray, n: int) -> BoolArray:
 def encode_classes(values: NDArray[Any], label: str, n_without: int = 0) -> tuple[tuple[str, ...], IntArray]:
     """Return the names of the classes, in the order of their values, and the class of each value, int64 [n].
 
-    Raises ValueError where there is one class only, or more than MAX_CLASSES. n_without: samples left out because they
-    have no value, to be told then.
+    Raises ValueError where there is one class only, or more than MAX_CLASSES. n_without: samples left out
+    because they have no value, to be told then.
     """
     values = values.astype(str) if values.dtype.kind in "OUT" else values
     distinct, y = np.unique(values, return_inverse=True)
@@ -182,8 +187,8 @@ def encode_classes(values: NDArray[Any], label: str, n_without: int = 0) -> tupl
 def choose_group(columns: Columns, asked: str | None) -> tuple[str | None, str | None]:
     """Return the column to group by (None: every sample alone) and, where the choice was ours, a note on it.
 
-    Without a wish it is `pair`, the identity pair of the paired design, if the store has it; else `image` if several
-    samples share an image; else none. Raises LookupError for a column that is not there.
+    Without a wish it is `pair`, the identity pair of the paired design, if the store has it; else `image` if
+    several samples share an image; else none. Raises LookupError for a column that is not there.
     """
     if asked == UNGROUPED:
         return None, None
@@ -240,9 +245,9 @@ def find_leaks(columns: Columns, y: IntArray, groups: IntArray, group: str | Non
     n_split = int(_spread(pairs, groups).sum())
     if n_split:
         warnings.append(
-            f"{how}, {n_split} identity pairs fall into training and test at once: the probe can score by reading "
-            "watermarks it was trained on, which is not memory, or, where an image's two renderings are separated, "
-            "fall below chance. Group by pair (the default) for a valid result."
+            f"{how}, {n_split} identity pairs fall into training and test at once: the probe can score by "
+            "reading watermarks it was trained on, which is not memory, or, where an image's two renderings "
+            "are separated, fall below chance. Group by pair (the default) for a valid result."
         )
     for key in ("source_sample", "image"):
         if key not in columns or group == key:
@@ -251,14 +256,14 @@ def find_leaks(columns: Columns, y: IntArray, groups: IntArray, group: str | Non
         what = "samples" if key == "source_sample" else "images"
         if opposite:
             warnings.append(
-                f"{how}, {opposite} {what} occur with opposite labels in different groups: the probe is trained on the "
-                f"other label of the very {what[:-1]} it is tested on, and its AUROC can fall below chance. "
-                f"Group by {'pair' if 'pair' in columns else key}."
+                f"{how}, {opposite} {what} occur with opposite labels in different groups: the probe is "
+                f"trained on the other label of the very {what[:-1]} it is tested on, and its AUROC can fall "
+                f"below chance. Group by {'pair' if 'pair' in columns else key}."
             )
         if same:
             warnings.append(
-                f"{how}, {same} {what} occur with the same label in different groups: the probe can recognise them, "
-                f"and its scores are inflated. Group by {key}."
+                f"{how}, {same} {what} occur with the same label in different groups: the probe can "
+                f"recognise them, and its scores are inflated. Group by {key}."
             )
     return warnings
 
@@ -272,7 +277,8 @@ def _spread(keys: IntArray, groups: IntArray) -> BoolArray:
 def _shared(keys: IntArray, y: IntArray, groups: IntArray) -> tuple[int, int]:
     """Count the keys that occur in several groups (with one label, with several).
 
-    A key that has all its labels equally often in each of its groups tells a probe nothing, and is not counted.
+    A key that has all its labels equally often in each of its groups tells a probe nothing, and is not
+    counted.
     """
     cells, cell = np.unique(np.stack([keys, groups]), axis=1, return_inverse=True)
     counts = count(y, cell.reshape(-1))  # [cell, class]

@@ -1,13 +1,15 @@
-"""The default protocol for one layer and position: cross-validated probes on held-out groups, C chosen inside.
+"""The default protocol for one layer and position: cross-validated probes on held-out groups, C chosen
+inside.
 
-Features are scaled by each training set's own statistics, and C minimises the log-loss over an inner grouped split of
-that training set; no test sample takes part in either. This module knows nothing about stores, layers or files.
+Features are scaled by each training set's own statistics, and C minimises the log-loss over an inner grouped
+split of that training set; no test sample takes part in either. This module knows nothing about stores,
+layers or files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -30,7 +32,8 @@ class TaskScores:
     y: IntArray
     """[n] class of each sample, as this task has it."""
     decisions: FloatArray | None = None
-    """[repeats, n, 1 or n_classes] logits of each sample from a probe that has not seen it; NaN where there is none."""
+    """[repeats, n, 1 or n_classes] logits of each sample from a probe that has not seen it; NaN where there
+    is none."""
     folds: FoldArray | None = None
     """[repeats, n] fold in which each sample was tested; −1 where it was not."""
     penalties: tuple[float, ...] = ()
@@ -64,13 +67,17 @@ class _FitLog:
 def evaluate(
     x: FloatArray, groups: IntArray, tasks: Sequence[Task], solver: Solver, settings: ProbeSettings
 ) -> list[TaskScores]:
-    """Score every task on features x [n, D] whose samples belong to groups [n]; the majority baseline comes last.
+    """Score every task on features x [n, D] whose samples belong to groups [n]; the majority baseline comes
+    last.
 
     The baseline gives every test sample the class frequencies of its training set.
     """
     fitted = [_fit(x, task, solver, settings) for task in tasks]
     majority = _predict_majority(tasks[0])
-    scored = [_score(decisions, task, groups, settings) for (decisions, _, _), task in zip(fitted, tasks, strict=True)]
+    scored = [
+        _score(decisions, task, groups, settings)
+        for (decisions, _, _), task in zip(fitted, tasks, strict=True)
+    ]
     results = [
         TaskScores(
             task=task.name,
@@ -83,7 +90,10 @@ def evaluate(
         )
         for task, replicates, (decisions, penalties, log) in zip(tasks, scored, fitted, strict=True)
     ]
-    return [*results, TaskScores(task="majority", y=tasks[0].y, replicates=_score(majority, tasks[0], groups, settings))]
+    return [
+        *results,
+        TaskScores(task="majority", y=tasks[0].y, replicates=_score(majority, tasks[0], groups, settings)),
+    ]
 
 
 def _outer_splits(task: Task) -> list[tuple[int, int]]:
@@ -111,12 +121,15 @@ def _fit(
 def _choose_penalties(
     x: FloatArray, task: Task, solver: Solver, settings: ProbeSettings, log: _FitLog
 ) -> list[float]:
-    """Return, for each outer training set, the C of least mean log-loss over its inner split; the smallest of equals."""
+    """Return, for each outer training set, the C of least mean log-loss over its inner split; the smallest of
+    equals."""
     grid = tuple(sorted(settings.penalties))
     splits = _outer_splits(task)
     if len(grid) == 1:
         return [grid[0]] * len(splits)
-    inner = [(at, k) for at, (r, f) in enumerate(splits) for k in range(int(task.inner_folds[r, f].max()) + 1)]
+    inner = [
+        (at, k) for at, (r, f) in enumerate(splits) for k in range(int(task.inner_folds[r, f].max()) + 1)
+    ]
     folds = [task.inner_folds[r, f] for r, f in splits]
     trains = [np.flatnonzero((folds[at] >= 0) & (folds[at] != k)) for at, k in inner]
     jobs = [Job(rows=t, y=task.y[t], penalties=grid) for t in trains]
@@ -139,12 +152,17 @@ def _predict_majority(task: Task) -> FloatArray:
     return decisions[:, :, 1:] - decisions[:, :, :1] if n_classes == 2 else decisions
 
 
-def _score(decisions: FloatArray, task: Task, groups: IntArray, settings: ProbeSettings) -> dict[str, FloatArray]:
-    """Return metric → [1 + B]: means over the test folds, as they are and for each resampling of the groups."""
+def _score(
+    decisions: FloatArray, task: Task, groups: IntArray, settings: ProbeSettings
+) -> dict[str, FloatArray]:
+    """Return metric → [1 + B]: means over the test folds, as they are and for each resampling of the
+    groups."""
     tests = [(r, np.flatnonzero(task.folds[r] == k)) for r, k in _outer_splits(task)]
     prepared: list[FoldScores] = [score_fold(decisions[r, test], task.y[test]) for r, test in tests]
     blocks = [
-        mean_scores([fold.weigh(draws[:, groups[test]]) for fold, (_, test) in zip(prepared, tests, strict=True)])
+        mean_scores(
+            [fold.weigh(draws[:, groups[test]]) for fold, (_, test) in zip(prepared, tests, strict=True)]
+        )
         for draws in resample_groups(int(groups.max()) + 1, settings.resamples, settings.seed)
     ]
     return {metric: np.concatenate([block[metric] for block in blocks]) for metric in blocks[0]}

@@ -1,6 +1,8 @@
-"""The curves: how well a probe does at each layer, one panel a position, with its intervals, control and baseline.
+"""The curves: how well a probe does at each layer, one panel a position, with its intervals, control and
+baseline.
 
-With many positions, one heat map of layers × positions takes their place. This module knows nothing about files.
+With many positions, one heat map of layers × positions takes their place. This module knows nothing about
+files.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ class Look:
     """Text and axes."""
     grid: str = "#e4e4e4"
     probe: str = "#0072b2"
-    """The label's curve. This and the next are of Okabe and Ito's palette, which colour-blind readers can tell apart."""
+    """The label's curve. This and the next are of Okabe and Ito's palette, which colour-blind readers can
+    tell apart."""
     control: str = "#d55e00"
     chance: str = "#777777"
     paper: str | None = "white"
@@ -58,7 +61,7 @@ DARK = Look(ink="#d7d7d7", grid="#3a3d42", probe="#56b4e9", control="#e69f00", c
 
 def draw(summary: Summary, look: Look) -> Figure:
     """Draw the figure of a run."""
-    if len(summary.run.positions) > MOST_PANELS:
+    if len(summary.plan.positions) > MOST_PANELS:
         return _draw_map(summary, look)
     return _draw_curves(summary, look)
 
@@ -67,17 +70,18 @@ def save(figure: Figure, kind: str) -> bytes:
     """Return a figure as `png` or `svg`; the same figure gives the same bytes."""
     out = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "mmextract", "svg.fonttype": "path"}):
-        transparent = figure.get_facecolor()[3] == 0
         metadata = {"Date": None} if kind == "svg" else None
-        figure.savefig(out, format=kind, dpi=200, transparent=transparent, metadata=metadata)
+        figure.savefig(out, format=kind, dpi=200, metadata=metadata)
     return out.getvalue()
 
 
 def _draw_curves(summary: Summary, look: Look) -> Figure:
     metrics = ("accuracy",) if summary.is_paper else ("auroc", "accuracy")
-    panels = _arrange(metrics, summary.run.positions, 1 if look.narrow else MOST_COLUMNS)
+    panels = _arrange(metrics, summary.plan.positions, 1 if look.narrow else MOST_COLUMNS)
     n_rows, n_columns = len(panels), max(map(len, panels))
-    size = (3.9, 1.0 + 2.3 * n_rows) if look.narrow else (max(6.4, 0.6 + 3.3 * n_columns), 0.75 + 2.6 * n_rows)
+    size = (
+        (3.9, 1.0 + 2.3 * n_rows) if look.narrow else (max(6.4, 0.6 + 3.3 * n_columns), 0.75 + 2.6 * n_rows)
+    )
     figure = Figure(figsize=size, layout="constrained", facecolor=look.paper or "none")
     axes = figure.subplots(n_rows, n_columns, squeeze=False)
     for (row, column), ax in np.ndenumerate(axes):
@@ -86,27 +90,30 @@ def _draw_curves(summary: Summary, look: Look) -> Figure:
             continue
         metric, position = panels[row][column]
         _draw_panel(ax, summary, metric, position, look)
-        _style_panel(ax, summary.run.layers, look)
+        _style_panel(ax, summary.plan.layers, look)
         ax.set_ylim(_limits(summary, metric))
-        _label_panel(ax, metric, position, look, titled=metric == metrics[0], first=column == 0, last=row == n_rows - 1)
+        _label_panel(
+            ax, metric, position, look, titled=metric == metrics[0], first=column == 0, last=row == n_rows - 1
+        )
     _add_legend(figure, axes[0, 0], look)
     return figure
 
 
 def _arrange(metrics: Sequence[str], positions: Sequence[str], n_columns: int) -> list[list[tuple[str, str]]]:
-    """Return rows of panels (metric, position): the metrics of a few positions under one another, then the next few."""
+    """Return rows of panels (metric, position): the metrics of a few positions under one another, then the
+    next few."""
     some = [positions[start : start + n_columns] for start in range(0, len(positions), n_columns)]
     return [[(metric, position) for position in columns] for columns in some for metric in metrics]
 
 
 def _values(summary: Summary, task: str, metric: str, position: str, part: str) -> FloatArray:
     """Return one entry of the rows of a curve, by layer."""
-    rows = [summary.row(task, metric, (layer, position)) for layer in summary.run.layers]
+    rows = [summary.row(task, metric, (layer, position)) for layer in summary.plan.layers]
     return np.array([getattr(row, part) for row in rows], dtype=np.float64)
 
 
 def _draw_panel(ax: Axes, summary: Summary, metric: str, position: str, look: Look) -> None:
-    x = np.arange(len(summary.run.layers), dtype=np.float64)
+    x = np.arange(len(summary.plan.layers), dtype=np.float64)
     only = len(x) == 1  # a curve of one point would be invisible
     if only:
         x = np.array([-0.3, 0.3])
@@ -116,14 +123,40 @@ def _draw_panel(ax: Axes, summary: Summary, metric: str, position: str, look: Lo
         return np.repeat(curve, 2) if only else curve
 
     markers = ("", "") if only else ("o", "s")
-    ax.plot(x, values("label"), f"{markers[0]}-", color=look.probe, markersize=4.5, linewidth=2, label="probe", zorder=4)
+    ax.plot(
+        x,
+        values("label"),
+        f"{markers[0]}-",
+        color=look.probe,
+        markersize=4.5,
+        linewidth=2,
+        label="probe",
+        zorder=4,
+    )
     if not summary.is_paper:
         control = values("control")
-        ax.plot(x, control, f"{markers[1]}-", color=look.control, markersize=3.2, linewidth=1.2, label="control", zorder=3)
+        ax.plot(
+            x,
+            control,
+            f"{markers[1]}-",
+            color=look.control,
+            markersize=3.2,
+            linewidth=1.2,
+            label="control",
+            zorder=3,
+        )
     majority = values("majority")
-    ax.plot(x, majority, color=look.chance, linewidth=1.2, linestyle=(0, (4, 3)), label="chance, majority class", zorder=2)
+    ax.plot(
+        x,
+        majority,
+        color=look.chance,
+        linewidth=1.2,
+        linestyle=(0, (4, 3)),
+        label="chance, majority class",
+        zorder=2,
+    )
     if not summary.is_paper:
-        percent = f"{summary.run.settings.confidence * 100:g} %"
+        percent = f"{summary.plan.settings.confidence * 100:g} %"
         for part, alpha, name in (("", 0.24, percent), ("simultaneous_", 0.14, f"{percent}, all at once")):
             low, high = values("label", f"{part}low"), values("label", f"{part}high")
             ax.fill_between(x, low, high, color=look.probe, alpha=alpha, linewidth=0, label=name, zorder=1)
@@ -135,7 +168,7 @@ def _limits(summary: Summary, metric: str) -> tuple[float, float]:
     tasks = ("label", "majority") if summary.is_paper else ("label", "majority", "control")
     shown = [
         _values(summary, task, metric, position, part)
-        for position in summary.run.positions
+        for position in summary.plan.positions
         for task in tasks
         for part in (parts if task == "label" else ("value",))
     ]
@@ -156,7 +189,9 @@ def _style_panel(ax: Axes, layers: tuple[int, ...], look: Look) -> None:
     ax.spines["bottom"].set_color(look.grid)
 
 
-def _label_panel(ax: Axes, metric: str, position: str, look: Look, *, titled: bool, first: bool, last: bool) -> None:
+def _label_panel(
+    ax: Axes, metric: str, position: str, look: Look, *, titled: bool, first: bool, last: bool
+) -> None:
     if look.narrow:
         ax.set_title(f"{METRIC_NAMES[metric]}, position {_plain(position)}", fontsize=10, color=look.ink)
     elif titled:
@@ -179,13 +214,17 @@ def _add_legend(figure: Figure, ax: Axes, look: Look) -> None:
 
 
 def _draw_map(summary: Summary, look: Look) -> Figure:
-    layers, positions = summary.run.layers, summary.run.positions
-    values = np.array([_values(summary, "label", summary.metric, p, "value") for p in positions]).T  # [layer, position]
+    layers, positions = summary.plan.layers, summary.plan.positions
+    values = np.array(
+        [_values(summary, "label", summary.metric, p, "value") for p in positions]
+    ).T  # [layer, position]
     size = (3.9 if look.narrow else 8.0, 1.6 + 0.16 * len(layers))
     figure = Figure(figsize=size, layout="constrained", facecolor=look.paper or "none")
     ax = figure.subplots()
     reach = max(0.05, float(np.abs(values - CHANCE).max()))
-    image = ax.imshow(values, aspect="auto", origin="lower", cmap="PuOr", vmin=CHANCE - reach, vmax=CHANCE + reach)
+    image = ax.imshow(
+        values, aspect="auto", origin="lower", cmap="PuOr", vmin=CHANCE - reach, vmax=CHANCE + reach
+    )
     _name_ticks(ax.xaxis, [_plain(position) for position in positions], 8 if look.narrow else 16)
     _name_ticks(ax.yaxis, ["embed" if layer < 0 else str(layer) for layer in layers], MOST_TICKS)
     ax.set_xlabel("position", color=look.ink)

@@ -1,15 +1,17 @@
 """Intervals by bootstrap over groups.
 
-Groups are drawn with replacement, once a replicate, and every held-out prediction counts as often as its group was
-drawn: in all folds, repeats, layers, positions and tasks alike, so that differences and maxima can be formed replicate
-by replicate. Models are not refitted. Taken as they are, such replicates cover far less than they claim (78 to 87 % for
-95 %, in simulated noise with grouped structure), because the folds' training sets overlap and every pair of samples is
-seen from both sides. So each replicate's distance from the estimate is stretched by Nadeau and Bengio's factor (2003,
-Machine Learning 52:239), the square root of 1 + K/(K−1) for K folds, which brought coverage to 92 to 96 %.
+Groups are drawn with replacement, once a replicate, and every held-out prediction counts as often as its
+group was drawn: in all folds, repeats, layers, positions and tasks alike, so that differences and maxima can
+be formed replicate by replicate. Models are not refitted. Taken as they are, such replicates cover far less
+than they claim (78 to 87 % for 95 %, in simulated noise with grouped structure), because the folds' training
+sets overlap and every pair of samples is seen from both sides. So each replicate's distance from the estimate
+is stretched by Nadeau and Bengio's factor (2003, Machine Learning 52:239), the square root of 1 + K/(K−1) for
+K folds, which brought coverage to 92 to 96 %.
 
-Covered: which groups happened to be sampled, and, through the factor, that other training sets would have given other
-probes. Not covered: the one shuffle behind a control, other models, other identities than those the groups stand for,
-the choice of the best among many layers (but see `simultaneous`). A perfect score has an interval without width.
+Covered: which groups happened to be sampled, and, through the factor, that other training sets would have
+given other probes. Not covered: the one shuffle behind a control, other models, other identities than those
+the groups stand for, the choice of the best among many layers (but see `simultaneous`). A perfect score has
+an interval without width.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ def stretch_factor(folds: int) -> float:
 
 
 def resample_groups(n_groups: int, n_resamples: int, seed: int) -> Iterator[FloatArray]:
-    """Yield [b, n_groups] blocks of how often each group was drawn; the first row of all is ones, the plain estimate."""
+    """Yield [b, n_groups] blocks of how often each group was drawn; the first row of all is ones, the plain
+    estimate."""
     rng = np.random.default_rng([seed, 2])
     block = max(1, min(n_resamples, BLOCK_ELEMENTS // n_groups))
     yield np.ones((1, n_groups))
@@ -60,8 +63,9 @@ def make_intervals(
 ) -> list[Interval]:
     """Return an interval for each row of replicates [E, 1 + B], whose first column holds the estimates.
 
-    bounds: what the quantity cannot leave. The simultaneous intervals are those of the bootstrapped max-|t|: estimate ±
-    q·standard error, with q the quantile over replicates of the largest studentised distance among the E.
+    bounds: what the quantity cannot leave. The simultaneous intervals are those of the bootstrapped max-|t|:
+    estimate ± q·standard error, with q the quantile over replicates of the largest studentised distance among
+    the E.
     """
     values = replicates[:, :1]
     distances = stretch_factor(folds) * (replicates[:, 1:] - values)

@@ -1,7 +1,7 @@
 """Scores of held-out predictions, for many weightings of the same samples at once.
 
-A weighting is a bootstrap replicate: each sample counts as often as its group was drawn. All ones give the plain
-score. This module knows nothing about how predictions or weights came about.
+A weighting is a bootstrap replicate: each sample counts as often as its group was drawn. All ones give the
+plain score. This module knows nothing about how predictions or weights came about.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
 METRICS = ("auroc", "accuracy", "balanced_accuracy", "log_loss")
-"""auroc: of more than two classes, the mean over classes of one against the rest. log_loss: natural logarithm."""
+"""auroc: of more than two classes, the mean over classes of one against the rest. log_loss: natural
+logarithm."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class FoldScores:
     """One for two classes, else one a class."""
 
     def weigh(self, weights: FloatArray) -> dict[str, FloatArray]:
-        """Return metric → [B] for weights [B, m] of the samples; NaN where a weighting leaves nothing to score."""
+        """Return metric → [B] for weights [B, m] of the samples; NaN where a weighting leaves nothing to
+        score."""
         total = weights.sum(1)
         present = weights @ self.classes  # [B, n_classes]
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -60,7 +62,8 @@ class FoldScores:
 
 
 def score_fold(decisions: FloatArray, y: IntArray) -> FoldScores:
-    """Prepare predictions for scoring. decisions: [m, 1] for two classes, [m, n_classes] for more: logits. y: [m]."""
+    """Prepare predictions for scoring. decisions: [m, 1] for two classes, [m, n_classes] for more: logits. y:
+    [m]."""
     logits = decisions if decisions.shape[1] > 1 else np.hstack([np.zeros_like(decisions), decisions])
     log_probabilities = log_softmax(logits, axis=1)
     n_classes = logits.shape[1]
@@ -70,7 +73,9 @@ def score_fold(decisions: FloatArray, y: IntArray) -> FoldScores:
         loss=-log_probabilities[np.arange(len(y)), y],
         classes=np.eye(n_classes)[y],
         # with two classes the logit ranks as the probability does, and does not saturate
-        rankings=tuple(_rank(decisions[:, 0] if n_classes == 2 else log_probabilities[:, k], y == k) for k in ranked),
+        rankings=tuple(
+            _rank(decisions[:, 0] if n_classes == 2 else log_probabilities[:, k], y == k) for k in ranked
+        ),
     )
 
 

@@ -31,7 +31,15 @@ from mmextract.probes.tasks import SHUFFLES
 FORMAT = 1
 PACKAGES = ("mmextract", "numpy", "scipy", "scikit-learn", "dask", "zarr", "pyarrow", "matplotlib")
 
-FILES = ("probe.csv", "probe.parquet", "scores.parquet", "curves.png", "curves.svg", "report.html", "probe.json")
+FILES = (
+    "probe.csv",
+    "probe.parquet",
+    "scores.parquet",
+    "curves.png",
+    "curves.svg",
+    "report.html",
+    "probe.json",
+)
 """In the order in which they are put in place: where probe.json is, the others are of the same run."""
 
 _SCHEMA = pa.schema(
@@ -43,18 +51,22 @@ _SCHEMA = pa.schema(
             *(("low", pa.float64()), ("high", pa.float64())),
             *(("simultaneous_low", pa.float64()), ("simultaneous_high", pa.float64())),
             *(("n_samples", pa.int64()), ("n_groups", pa.int64()), ("n_classes", pa.int64())),
-            *(("c", pa.float64()), ("solver", pa.string()), ("n_fits", pa.int64()), ("n_unconverged", pa.int64())),
+            *(
+                ("c", pa.float64()),
+                ("solver", pa.string()),
+                ("n_fits", pa.int64()),
+                ("n_unconverged", pa.int64()),
+            ),
         )
     ]
 )
 
 
-def write_outputs(summary: Summary, folder: Path, command: str) -> list[Path]:
-    """Write all FILES into `folder` and return their paths. command: what the user ran, to be written down.
+def write_outputs(summary: Summary, record: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write all FILES into `folder` and return their paths. record: see `make_record`.
 
     Raises OSError if the folder cannot be written; then no file was replaced.
     """
-    record = make_record(summary, command)
     table = make_table(summary.rows)
     figure = draw(summary, Look())
     contents = {
@@ -70,8 +82,11 @@ def write_outputs(summary: Summary, folder: Path, command: str) -> list[Path]:
 
 
 def make_record(summary: Summary, command: str) -> dict[str, Any]:
-    """Return everything about the run, JSON-able: what was found, from what, how, with which versions."""
-    run, design = summary.run, summary.run.design
+    """Return everything about the run, JSON-able: what was found, from what, how, with which versions.
+
+    command: what the user ran, to be written down.
+    """
+    plan, design = summary.plan, summary.plan.design
     n_in_class = np.bincount(design.y, minlength=len(design.classes)).tolist()
     return {
         "format": FORMAT,
@@ -86,12 +101,12 @@ def make_record(summary: Summary, command: str) -> dict[str, Any]:
             **{name: importlib.metadata.version(name) for name in PACKAGES},
         },
         "store": {
-            "path": str(run.store),
-            "n_samples": run.n_stored,
-            "fingerprint": fingerprint(run.attributes),
-            "attributes": dict(run.attributes),
+            "path": str(plan.store),
+            "n_samples": plan.n_stored,
+            "fingerprint": fingerprint(plan.attributes),
+            "attributes": dict(plan.attributes),
         },
-        "settings": asdict(run.settings),
+        "settings": asdict(plan.settings),
         "design": {
             "label": design.label,
             "classes": dict(zip(design.classes, n_in_class, strict=True)),
@@ -103,12 +118,12 @@ def make_record(summary: Summary, command: str) -> dict[str, Any]:
             "dropped": dict(design.dropped),
             "control": None if summary.is_paper else SHUFFLES[design.structure],
         },
-        "layers": list(run.layers),
-        "positions": list(run.positions),
+        "layers": list(plan.layers),
+        "positions": list(plan.positions),
         "fits": {
             "n": summary.n_fits,
             "n_unconverged": summary.n_unconverged,
-            "worst_residual": max(s.worst_residual for cell in run.scores.values() for s in cell),
+            "worst_residual": max(s.worst_residual for cell in summary.scores.values() for s in cell),
         },
         "columns": dict(COLUMNS),
         "rows": [_finite(asdict(row)) for row in summary.rows],
@@ -126,22 +141,24 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_table(rows: Sequence[Row]) -> pa.Table:
-    """Return the tidy table, a row a (layer, position, task, metric); `COLUMNS` says what each column means."""
+    """Return the tidy table, a row a (layer, position, task, metric); `COLUMNS` says what each column
+    means."""
     return pa.Table.from_pylist([asdict(row) for row in rows], schema=_SCHEMA)
 
 
 def make_score_table(summary: Summary) -> pa.Table:
-    """Return what each probe said of each sample it had not seen: a row a (layer, position, task, repeat, sample).
+    """Return what each probe said of each sample it had not seen: a row a (layer, position, task, repeat,
+    sample).
 
     `score` is the logit of the positive class; with more than two classes there is one `score_<class>` each.
     """
-    run, design = summary.run, summary.run.design
-    samples, groups = np.array(run.samples, object), np.array(run.group_names, object)
+    plan, design = summary.plan, summary.plan.design
+    samples, groups = np.array(plan.samples, object), np.array(plan.group_names, object)
     classes = np.array(design.classes, object)
     binary = len(classes) == 2
     names = ["score"] if binary else [f"score_{name}" for name in classes]
     tables = []
-    for (layer, position), cell in run.scores.items():
+    for (layer, position), cell in summary.scores.items():
         for scores in cell:
             if scores.decisions is None or scores.folds is None:
                 continue

@@ -1,9 +1,9 @@
 """The published protocol (arXiv 2503.01208, released code): one split, nothing held out, accuracy only.
 
 LogisticRegression(max_iter=5000) with scikit-learn's defaults, no scaling, `train_test_split(test_size=.2,
-random_state=42, stratify=y)`, at most 500 samples a class, accuracy rounded to four digits. Samples come in the order
-of the store. States are taken as float64, which is what the released code's text files give; lbfgs stops elsewhere on
-float32, and now and then one test sample changes sides.
+random_state=42, stratify=y)`, at most 500 samples a class, accuracy rounded to four digits. Samples come in
+the order of the store. States are taken as float64, which is what the released code's text files give; lbfgs
+stops elsewhere on float32, and now and then one test sample changes sides.
 
 What it cannot tell is in `design.find_leaks`' warnings. This module knows nothing about stores or files.
 """
@@ -19,7 +19,7 @@ from mmextract.probes.design import Design
 from mmextract.probes.evaluation import TaskScores
 from mmextract.probes.metrics import FloatArray
 from mmextract.probes.solvers import kkt_residual
-from mmextract.probes.tasks import FoldArray, Task
+from mmextract.probes.tasks import Task
 
 LARGEST_CLASS = 500
 TEST_SHARE = 0.2
@@ -37,21 +37,24 @@ def make_paper_task(design: Design) -> Task:
     n_test = int(np.ceil(TEST_SHARE * design.n_samples))
     if smallest < 2 or n_test < len(design.classes):
         raise ValueError(
-            f"one stratified split needs at least 2 samples of each class and {len(design.classes)} to test on; "
-            f"{design.label!r} has a class of {smallest}, and {n_test} samples would be tested"
+            f"one stratified split needs at least 2 samples of each class and {len(design.classes)} to test "
+            f"on; {design.label!r} has a class of {smallest}, and {n_test} samples would be tested"
         )
     _, test = train_test_split(
         np.arange(design.n_samples), test_size=TEST_SHARE, random_state=SPLIT_SEED, stratify=design.y
     )
     folds = np.full((1, design.n_samples), -1, np.int16)
     folds[0, test] = 0
-    return Task(name="label", y=design.y, folds=folds, inner_folds=np.empty((1, 0, design.n_samples), np.int16))
+    return Task(
+        name="label", y=design.y, folds=folds, inner_folds=np.empty((1, 0, design.n_samples), np.int16)
+    )
 
 
 def evaluate_paper(x: FloatArray, task: Task) -> list[TaskScores]:
     """Fit on the training set of `make_paper_task` and return its accuracy, with that of the majority class.
 
-    x: float64 [n, D]. A fit counts as unconverged where it used up its iterations, as the protocol would see it.
+    x: float64 [n, D]. A fit counts as unconverged where it used up its iterations, as the protocol would see
+    it.
     """
     train, test = task.folds[0] < 0, task.folds[0] == 0
     model = LogisticRegression(max_iter=MAX_ITER)

@@ -1,6 +1,7 @@
 """The report: one HTML file that needs no network, reads well on a phone and prints.
 
-It words what the design controls and what it cannot say. This module knows nothing about how scores came about.
+It words what the design controls and what it cannot say. This module knows nothing about how scores came
+about.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from markupsafe import Markup
 from mmextract.probes.design import STRUCTURES, Design
 from mmextract.probes.figures import DARK, LIGHT, MOST_PANELS, draw, save
 from mmextract.probes.paper import LARGEST_CLASS
-from mmextract.probes.run import ProbeRun
+from mmextract.probes.run import ProbePlan
 from mmextract.probes.summary import Row, Summary
 from mmextract.probes.tasks import SHUFFLES
 
@@ -27,7 +28,18 @@ TEMPLATE = "report.html.j2"
 NARROW_PX = 640
 """Up to this width of the window the figure for phones is shown."""
 
-HEADS = ("layer", "AUROC", "interval", "all at once", "control", "selectivity", "accuracy", "balanced", "log-loss", "C")
+HEADS = (
+    "layer",
+    "AUROC",
+    "interval",
+    "all at once",
+    "control",
+    "selectivity",
+    "accuracy",
+    "balanced",
+    "log-loss",
+    "C",
+)
 PAPER_HEADS = ("layer", "accuracy", "majority class")
 
 
@@ -46,14 +58,16 @@ def render(summary: Summary, record: Mapping[str, Any]) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = environment.from_string(resources.files("mmextract.probes").joinpath(TEMPLATE).read_text("utf-8"))
-    many = len(summary.run.positions) > MOST_PANELS
+    template = environment.from_string(
+        resources.files("mmextract.probes").joinpath(TEMPLATE).read_text("utf-8")
+    )
+    many = len(summary.plan.positions) > MOST_PANELS
     return template.render(
         summary=summary,
         record=record,
-        run=summary.run,
-        design=summary.run.design,
-        store_name=PurePath(summary.run.store).name,
+        plan=summary.plan,
+        design=summary.plan.design,
+        store_name=PurePath(summary.plan.store).name,
         images={
             look: _data_uri(save(draw(summary, style), "svg"))
             for look, style in (
@@ -67,8 +81,8 @@ def render(summary: Summary, record: Mapping[str, Any]) -> str:
         alt_text=_describe_figure(summary),
         many=many,
         heads=PAPER_HEADS if summary.is_paper else HEADS,
-        tables={position: _table(summary, position) for position in summary.run.positions},
-        made=_how_it_was_made(summary.run),
+        tables={position: _table(summary, position) for position in summary.plan.positions},
+        made=_how_it_was_made(summary.plan),
         protocol=_protocol(summary),
         controls=_what_is_controlled(summary),
         limits=_what_it_cannot_say(summary),
@@ -93,7 +107,7 @@ def _describe_figure(summary: Summary) -> str:
 
 def _table(summary: Summary, position: str) -> list[_Line]:
     lines = []
-    for layer in summary.run.layers:
+    for layer in summary.plan.layers:
         cell = (layer, position)
         shown = "embed" if layer < 0 else str(layer)
         if summary.is_paper:
@@ -108,7 +122,10 @@ def _table(summary: Summary, position: str) -> list[_Line]:
             _range(auroc.simultaneous_low, auroc.simultaneous_high),
             f"{summary.row('control', 'auroc', cell).value:.3f}",
             _signed(summary.row("selectivity", "auroc", cell)),
-            *(f"{summary.row('label', m, cell).value:.3f}" for m in ("accuracy", "balanced_accuracy", "log_loss")),
+            *(
+                f"{summary.row('label', m, cell).value:.3f}"
+                for m in ("accuracy", "balanced_accuracy", "log_loss")
+            ),
             f"{auroc.c:g}",
         )
         lines.append(_Line(cells=cells, marked=auroc in summary.above_chance))
@@ -123,31 +140,33 @@ def _signed(row: Row) -> str:
     return f"{row.value:+.3f}".replace("-", "−")
 
 
-def _how_it_was_made(run: ProbeRun) -> dict[str, str]:
+def _how_it_was_made(plan: ProbePlan) -> dict[str, str]:
     """Return what the store says of its making, in words; entries that it does not have are left out."""
-    made: Mapping[str, Any] = run.attributes.get("run") or {}
+    made: Mapping[str, Any] = plan.attributes.get("run") or {}
     model, data, watermark = (made.get(key) or {} for key in ("model", "data", "watermark"))
     lora = "with a LoRA" if model.get("adapter") else ""
     kind = f"({model['class']})" if model.get("class") else ""
     paired = f"{watermark.get('n_pairs')} pairs of a seen and an unseen identity, each image once with either"
     random = f"{watermark.get('rate')} of the images carry an identity"
     entries = {
-        "Store": str(run.store),
+        "Store": str(plan.store),
         "Model": " ".join(part for part in (str(model.get("name", "")), kind, lora) if part),
         "Data": " ".join(f"{data[key]}" for key in ("source",) if key in data),
         "Watermark": {"paired": paired, "random": random}.get(watermark.get("design", ""), ""),
-        "Samples": _count_samples(run),
-        "Classes": _count_classes(run.design),
-        "Groups": _count_groups(run.design),
-        "Layers": ", ".join("embed" if layer < 0 else str(layer) for layer in run.layers),
-        "Positions": ", ".join(run.positions) if len(run.positions) <= 16 else f"{len(run.positions)} tokens",
+        "Samples": _count_samples(plan),
+        "Classes": _count_classes(plan.design),
+        "Groups": _count_groups(plan.design),
+        "Layers": ", ".join("embed" if layer < 0 else str(layer) for layer in plan.layers),
+        "Positions": ", ".join(plan.positions)
+        if len(plan.positions) <= 16
+        else f"{len(plan.positions)} tokens",
     }
     return {name: text for name, text in entries.items() if text}
 
 
-def _count_samples(run: ProbeRun) -> str:
-    dropped = "; ".join(f"{n} {reason}" for reason, n in run.design.dropped.items())
-    return f"{run.design.n_samples} of {run.n_stored}" + (f" ({dropped})" if dropped else "")
+def _count_samples(plan: ProbePlan) -> str:
+    dropped = "; ".join(f"{n} {reason}" for reason, n in plan.design.dropped.items())
+    return f"{plan.design.n_samples} of {plan.n_stored}" + (f" ({dropped})" if dropped else "")
 
 
 def _count_classes(design: Design) -> str:
@@ -162,74 +181,87 @@ def _count_groups(design: Design) -> str:
 
 
 def _protocol(summary: Summary) -> str:
-    settings = summary.run.settings
+    settings = summary.plan.settings
     if summary.is_paper:
         return (
-            f"The published protocol: at most {LARGEST_CLASS} samples a class, one stratified split of 80 to 20 % with "
-            "seed 42, scikit-learn’s LogisticRegression at its defaults with 5,000 iterations, states not scaled."
+            f"The published protocol: at most {LARGEST_CLASS} samples a class, one stratified split of 80 to "
+            "20 % with seed 42, scikit-learn’s LogisticRegression at its defaults with 5,000 iterations, "
+            "states not scaled."
         )
-    chosen = "C fixed" if len(settings.penalties) == 1 else f"C out of {', '.join(f'{c:g}' for c in settings.penalties)}"
+    chosen = (
+        "C fixed"
+        if len(settings.penalties) == 1
+        else f"C out of {', '.join(f'{c:g}' for c in settings.penalties)}"
+    )
     inner = "" if len(settings.penalties) == 1 else f" by log-loss over {settings.inner_folds} inner folds"
     return (
-        f"L2 logistic probes; {settings.folds}-fold cross-validation, {settings.repeats} times, stratified, groups kept "
-        f"together; features scaled and {chosen}{inner} inside each training set. {summary.n_fits:,} probes were fitted"
-        f", {summary.n_unconverged:,} of them short of the optimum. Seed {settings.seed}."
+        f"L2 logistic probes; {settings.folds}-fold cross-validation, {settings.repeats} times, stratified, "
+        f"groups kept together; features scaled and {chosen}{inner} inside each training set. "
+        f"{summary.n_fits:,} probes were fitted, {summary.n_unconverged:,} of them short of the optimum. "
+        f"Seed {settings.seed}."
     )
 
 
-def _is_paired_identity(run: ProbeRun) -> bool:
+def _is_paired_identity(plan: ProbePlan) -> bool:
     """Whether the classes are the two identities of each pair, both on the same image."""
-    watermark = (run.attributes.get("run") or {}).get("watermark") or {}
-    return watermark.get("design") == "paired" and set(run.design.classes) == {"seen", "unseen"}
+    watermark = (plan.attributes.get("run") or {}).get("watermark") or {}
+    return watermark.get("design") == "paired" and set(plan.design.classes) == {"seen", "unseen"}
 
 
 def _what_is_controlled(summary: Summary) -> list[str]:
-    run, design, settings = summary.run, summary.run.design, summary.run.settings
+    plan, design, settings = summary.plan, summary.plan.design, summary.plan.settings
     if summary.is_paper:
-        return ["Nothing but the size of the classes: this protocol is here for comparison with published numbers."]
+        return [
+            "Nothing but the size of the classes: this protocol is here for comparison with published "
+            "numbers."
+        ]
     points = []
-    if _is_paired_identity(run):
+    if _is_paired_identity(plan):
         points.append(
-            "Every image occurs in both classes, with a watermark at the same place: what is in the image cannot tell "
-            "the classes apart."
+            "Every image occurs in both classes, with a watermark at the same place: what is in the image "
+            "cannot tell the classes apart."
         )
     if design.group == "pair":
         points.append(
-            "Both identities of a pair are held out together, with all their images: the probe is never tested on an "
-            "identity it was trained on, so having learnt to read one is of no use to it."
+            "Both identities of a pair are held out together, with all their images: the probe is never "
+            "tested on an identity it was trained on, so having learnt to read one is of no use to it."
         )
     elif design.group:
         points.append(f"Samples with the same {design.group} are never in training and test at once.")
     points += [
-        f"The control is the same procedure on shuffled labels: {SHUFFLES[design.structure]}. Selectivity is the label’s "
-        "score minus the control’s.",
-        f"The intervals ({settings.confidence * 100:g} %) come from {settings.resamples:,} resamplings of the groups, "
-        "stretched for the overlap of the training sets. The wider ones (“all at once”) hold for all layers and positions "
-        "together, so that picking the best does not mislead.",
+        f"The control is the same procedure on shuffled labels: {SHUFFLES[design.structure]}. Selectivity "
+        "is the label’s score minus the control’s.",
+        f"The intervals ({settings.confidence * 100:g} %) come from {settings.resamples:,} resamplings of "
+        "the groups, stretched for the overlap of the training sets. The wider ones (“all at once”) hold "
+        "for all layers and positions together, so that picking the best does not mislead.",
     ]
     return points
 
 
 def _what_it_cannot_say(summary: Summary) -> list[str]:
-    run = summary.run
+    plan = summary.plan
     points = []
-    if "seen" in run.design.classes:
+    if "seen" in plan.design.classes:
         points.append(
-            "A difference between seen and unseen is not yet memorisation. The same probe on the same model fine-tuned "
-            "without watermarks (r0) must show none: only then is it not an accident of the two sets of identities."
+            "A difference between seen and unseen is not yet memorisation. The same probe on the same model "
+            "fine-tuned without watermarks (r0) must show none: only then is it not an accident of the two "
+            "sets of identities."
         )
         points.append(
-            "A null says nothing about memory unless the model can read the watermarks at all: probe a field of the "
-            "identity to see whether it can."
+            "A null says nothing about memory unless the model can read the watermarks at all: probe a field "
+            "of the identity to see whether it can."
         )
     if summary.is_paper:
-        points.append("One split gives one number, without an interval; identities occur in training and test.")
+        points.append(
+            "One split gives one number, without an interval; identities occur in training and test."
+        )
     else:
         points.append(
-            "No permutation test was made. “Above chance” means that an interval excludes it; the intervals do not cover the "
-            "luck of the one shuffle behind the control, nor other models."
+            "No permutation test was made. “Above chance” means that an interval excludes it; the intervals "
+            "do not cover the luck of the one shuffle behind the control, nor other models."
         )
-    points.append("What a linear probe can read out, the model need not use; what it cannot may be there in another form.")
+    points.append(
+        "What a linear probe can read out, the model need not use; what it cannot may be there in another "
+        "form."
+    )
     return points
-
-

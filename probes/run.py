@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import dask
 import numpy as np
+from dask.base import compute
 from dask.callbacks import Callback
+from dask.delayed import delayed
 from sklearn.exceptions import ConvergenceWarning
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from mmextract.engine.store import Store, open_store
 from mmextract.probes.design import Design, make_design
@@ -31,46 +32,52 @@ Cell = tuple[int, str]
 """A layer and a position."""
 
 
+Scores = Mapping[Cell, Sequence[TaskScores]]
+"""For each layer and position, the label, its controls and its baselines."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class ProbeRun:
-    """What was probed and what came out."""
+class ProbePlan:
+    """A run, decided to the last split; see `plan_probe`."""
 
     store: Path
+    """Where the hidden states are."""
     attributes: Mapping[str, Any]
     """Those of the store: how it was made."""
     n_stored: int
     """Samples of the store, rejected and missing ones included."""
     settings: ProbeSettings
+    """What was asked for."""
     design: Design
+    """Samples, classes, groups."""
+    tasks: tuple[Task, ...]
+    """The label and its controls, each with its splits."""
     layers: tuple[int, ...]
+    """In the order of the store, or as asked for."""
     positions: tuple[str, ...]
+    """Likewise."""
     samples: tuple[str, ...]
     """[n] ids of the probed samples."""
     group_names: tuple[str, ...]
     """[n] value of the group column, or the sample's id."""
-    scores: Mapping[Cell, Sequence[TaskScores]]
-    """For each layer and position, the label, its controls and its baselines."""
+
+    @property
+    def cells(self) -> list[Cell]:
+        """What is probed."""
+        return [(layer, position) for layer in self.layers for position in self.positions]
 
 
-def run_probe(
-    path: Path,
-    settings: ProbeSettings,
-    *,
-    workers: int = 0,
-    on_plan: Callable[[Design, int], None] = lambda design, n_cells: None,
-    on_progress: Callable[[int], None] = lambda n_cells: None,
-) -> ProbeRun:
-    """Probe the store at `path`. workers: how many layers and positions at a time, 0 for one a core.
+def plan_probe(path: Path, settings: ProbeSettings) -> ProbePlan:
+    """Decide what is probed in the store at `path`; reads its columns, not its hidden states.
 
-    on_plan is called once, with the samples, classes and groups and the number of layers × positions, before the work
-    begins; on_progress with the number of these done since its last call. Raises ValueError or LookupError, saying
-    what was expected, for a store, label, grouping, layer or position that cannot be probed.
+    Raises ValueError or LookupError, saying what was expected and what to do, for a store, label, grouping,
+    layer or position that cannot be probed.
     """
     store = open_store(path)
     _check_complete(store, settings)
-    paper = settings.preset == "paper"
     # numpy's variable-width texts know few operations; as objects they know all
     columns = {name: v.astype(object) if v.dtype.kind == "T" else v for name, v in store.columns.items()}
+    paper = settings.preset == "paper"
     design = make_design(
         columns,
         store.committed,
@@ -80,63 +87,55 @@ def run_probe(
         largest_class=LARGEST_CLASS if paper else None,
         positive_last=not paper,
     )
-    tasks = (make_paper_task(design),) if paper else make_tasks(design, settings)
-    layers, positions = _choose_layers(store, settings), _choose_positions(store, settings, design)
-    cells = [(layer, position) for layer in layers for position in positions]
-    on_plan(design, len(cells))
-    names = columns[design.group or "sample"][design.rows]
-    return ProbeRun(
+    return ProbePlan(
         store=path,
         attributes=store.attributes,
         n_stored=store.n_samples,
         settings=settings,
         design=design,
-        layers=layers,
-        positions=positions,
-        samples=tuple(columns["sample"][design.rows].astype(str).tolist()),
-        group_names=tuple(names.astype(str).tolist()),
-        scores=dict(zip(cells, _compute(path, cells, design, tasks, settings, workers, on_progress), strict=True)),
+        tasks=(make_paper_task(design),) if paper else make_tasks(design, settings),
+        layers=_choose_layers(store, settings),
+        positions=_choose_positions(store, settings, design),
+        samples=tuple(map(str, columns["sample"][design.rows])),
+        group_names=tuple(map(str, columns[design.group or "sample"][design.rows])),
     )
 
 
-def _compute(
-    path: Path,
-    cells: Sequence[Cell],
-    design: Design,
-    tasks: Sequence[Task],
-    settings: ProbeSettings,
-    workers: int,
-    on_progress: Callable[[int], None],
-) -> Sequence[Sequence[TaskScores]]:
-    shared = dask.delayed((design, tasks, settings), pure=False, traverse=False)
-    score = dask.delayed(score_cell, pure=False)
-    graph = [score(path, layer, position, shared) for layer, position in cells]
-    keys = {item.key for item in graph}
+def run_probe(
+    plan: ProbePlan, *, workers: int = 0, on_progress: Callable[[int], None] = lambda n_cells: None
+) -> Scores:
+    """Score every layer and position, each in a Dask task that reads nothing but its own states.
+
+    workers: tasks at a time, 0 for one a core. on_progress is called with the number of tasks done since its
+    last call. Raises ValueError for states that are not finite, saying where.
+    """
+    score = delayed(score_cell, pure=False)
+    # the plan has no lazy parts, and looking for them in every sample takes longer than a probe
+    shared = delayed(plan, pure=False, traverse=False)
+    graph = [score(shared, layer, position) for layer, position in plan.cells]
+    keys = {task.key for task in graph}
 
     def count(key: Any, *_: Any) -> None:
         if key in keys:
             on_progress(1)
 
-    scheduler = os.environ.get("SCHED","threads")
+    progress = Callback(posttask=count)  # type: ignore[no-untyped-call]
     # one BLAS thread a task: the tasks themselves fill the cores
-    with threadpool_limits(1), Callback(posttask=count), warnings.catch_warnings():
+    with threadpool_limits(1), progress, warnings.catch_warnings():
         # whether a probe converged is measured on the solution, and counted in the output
         warnings.simplefilter("ignore", ConvergenceWarning)
-        results: Sequence[Sequence[TaskScores]] = dask.compute(
-            *graph, scheduler=scheduler, num_workers=workers or _cores(), optimize_graph=False
+        results = compute(  # type: ignore[no-untyped-call]
+            *graph, scheduler=os.environ.get("SCHED", "threads"), num_workers=workers or _cores()
         )
-    return results
+    return dict(zip(plan.cells, results, strict=True))
 
 
-def score_cell(
-    path: Path, layer: int, position: str, shared: tuple[Design, Sequence[Task], ProbeSettings]
-) -> Sequence[TaskScores]:
+def score_cell(plan: ProbePlan, layer: int, position: str) -> Sequence[TaskScores]:
     """Read one layer and position from the store and score every task on it."""
-    design, tasks, settings = shared
-    x = read_states(open_store(path), layer, position, design)
-    if settings.preset == "paper":
-        return evaluate_paper(x, tasks[0])
-    return evaluate(x, design.groups, tasks, SOLVERS[settings.solver], settings)
+    x = read_states(open_store(plan.store), layer, position, plan.design)
+    if plan.settings.preset == "paper":
+        return evaluate_paper(x, plan.tasks[0])
+    return evaluate(x, plan.design.groups, plan.tasks, SOLVERS[plan.settings.solver], plan.settings)
 
 
 def read_states(store: Store, layer: int, position: str, design: Design) -> FloatArray:
@@ -146,8 +145,8 @@ def read_states(store: Store, layer: int, position: str, design: Design) -> Floa
     if len(bad):
         first = store.columns["sample"][design.rows[bad[0]]]
         raise ValueError(
-            f"layer {layer}, position {position}: {len(bad)} of {len(states)} samples hold NaN or infinite states "
-            f"(the first is {first}): leave them out with --where, or this layer or position out"
+            f"layer {layer}, position {position}: {len(bad)} of {len(states)} samples hold NaN or infinite "
+            f"states (the first is {first}): leave them out with --where, or this layer or position out"
         )
     return states
 
@@ -159,8 +158,8 @@ def _cores() -> int:
 def _check_complete(store: Store, settings: ProbeSettings) -> None:
     if store.missing and not settings.allow_incomplete:
         raise ValueError(
-            f"{store.path} is incomplete: {store.missing} of {store.n_samples} samples are missing. Finish it by running "
-            "the same `mmextract dump` again, or probe what is there with --allow-incomplete"
+            f"{store.path} is incomplete: {store.missing} of {store.n_samples} samples are missing. Finish "
+            "it by running the same `mmextract dump` again, or probe what is there with --allow-incomplete"
         )
 
 
@@ -180,7 +179,9 @@ def _choose_positions(store: Store, settings: ProbeSettings, design: Design) -> 
     """Return the positions asked for; of a store of all tokens, by default, those that every sample has."""
     for position in settings.positions or ():
         if position not in store.positions:
-            raise LookupError(f"{store.path} has no position {position!r}: it has {', '.join(store.positions)}")
+            raise LookupError(
+                f"{store.path} has no position {position!r}: it has {', '.join(store.positions)}"
+            )
     if settings.positions:
         return settings.positions
     run = store.attributes.get("run", {})

@@ -22,7 +22,8 @@ class ProbeSettings:
     label: str = "identity_set"
     """Column whose values are to be told apart."""
     group: str | None = None
-    """Column whose values are held out together; None chooses (see `design.choose_group`), `none` groups nothing."""
+    """Column whose values are held out together; None chooses (see `design.choose_group`), `none` groups
+    nothing."""
     layers: tuple[int, ...] | None = None
     """Layers as numbered in the store (−1 is the embedding); None for all."""
     positions: tuple[str, ...] | None = None
@@ -53,9 +54,17 @@ class ProbeSettings:
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
-        for name, least in (("folds", 2), ("repeats", 1), ("inner_folds", 2), ("resamples", 100), ("seed", 0)):
+        for name, least in (
+            ("folds", 2),
+            ("repeats", 1),
+            ("inner_folds", 2),
+            ("resamples", 100),
+            ("seed", 0),
+        ):
             if getattr(self, name) < least:
-                raise ValueError(f"{name.replace('_', ' ')} must be at least {least}, got {getattr(self, name)}")
+                raise ValueError(
+                    f"{name.replace('_', ' ')} must be at least {least}, got {getattr(self, name)}"
+                )
         if not self.penalties or not all(0 < penalty < float("inf") for penalty in self.penalties):
             raise ValueError(f"each C must be a positive number, got {self.penalties}")
         if not 0.5 <= self.confidence < 1:

@@ -15,8 +15,8 @@ import numpy as np
 from mmextract.probes.evaluation import TaskScores
 from mmextract.probes.intervals import Interval, make_intervals
 from mmextract.probes.metrics import FloatArray
-from mmextract.probes.paper import TEST_SHARE
-from mmextract.probes.run import Cell, ProbeRun
+from mmextract.probes.paper import DIGITS, TEST_SHARE
+from mmextract.probes.run import Cell, ProbePlan, Scores
 
 CHANCE = 0.5
 """AUROC of a probe that knows nothing."""
@@ -34,17 +34,19 @@ def _about(text: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the tables: a metric of a task at a layer and position. Each field carries its description."""
+    """One line of the tables: a metric of a task at a layer and position. Each field carries its
+    description."""
 
     layer: int = _about("decoder block; -1 is the embedding, the input of block 0")
     position: str = _about("token or span of tokens")
     label: str = _about("column of the store that gave the classes")
     task: str = _about(
-        "label; control: the same with shuffled labels; selectivity: label minus control; majority: predicts the class "
-        "frequencies of the training set"
+        "label; control: the same with shuffled labels; selectivity: label minus control; majority: predicts "
+        "the class frequencies of the training set"
     )
     metric: str = _about(
-        "auroc (of more than two classes: mean of one against the rest), accuracy, balanced_accuracy, log_loss (nats)"
+        "auroc (of more than two classes: mean of one against the rest), accuracy, balanced_accuracy, "
+        "log_loss (nats)"
     )
     value: float = _about("mean over test folds and repeats")
     low: float | None = _about("lower end of the interval by bootstrap over groups")
@@ -58,7 +60,9 @@ class Row:
     n_classes: int = _about("classes of the label")
     c: float | None = _about("median over folds of the inverse penalty C that was chosen")
     solver: str = _about("what fitted the probes")
-    n_fits: int = _about("probes fitted for this task, layer and position, those for the choice of C included")
+    n_fits: int = _about(
+        "probes fitted for this task, layer and position, those for the choice of C included"
+    )
     n_unconverged: int = _about("those of them that did not reach the optimum")
 
 
@@ -70,12 +74,15 @@ COLUMNS: Mapping[str, str] = {f.name: f.metadata["about"] for f in fields(Row)}
 class Summary:
     """What a run says, ready to be written down."""
 
-    run: ProbeRun
+    plan: ProbePlan
+    """What was done."""
+    scores: Scores
+    """What came out."""
 
     @cached_property
     def rows(self) -> list[Row]:
         """All metrics of all tasks, layers and positions."""
-        return list(_make_rows(self.run))
+        return list(_make_rows(self.plan, self.scores))
 
     @cached_property
     def _by_key(self) -> dict[tuple[str, str, int, str], Row]:
@@ -91,9 +98,14 @@ class Summary:
         return "accuracy" if self.is_paper else "auroc"
 
     @property
+    def digits(self) -> int:
+        """Decimals worth printing."""
+        return DIGITS if self.is_paper else 3
+
+    @property
     def is_paper(self) -> bool:
         """Whether this is the published protocol."""
-        return self.run.settings.preset == "paper"
+        return self.plan.settings.preset == "paper"
 
     @cached_property
     def best(self) -> Row:
@@ -113,31 +125,52 @@ class Summary:
     @property
     def n_unconverged(self) -> int:
         """Probes that did not reach the optimum, in the whole run."""
-        return sum(scores.n_unconverged for cell in self.run.scores.values() for scores in cell)
+        return sum(scores.n_unconverged for cell in self.scores.values() for scores in cell)
 
     @property
     def n_fits(self) -> int:
         """Probes fitted in the whole run."""
-        return sum(scores.n_fits for cell in self.run.scores.values() for scores in cell)
+        return sum(scores.n_fits for cell in self.scores.values() for scores in cell)
 
     @cached_property
+    def statement(self) -> str:
+        """One sentence: what was found and how sure it is."""
+        return self._sentences[0]
+
+    @cached_property
+    def qualification(self) -> str:
+        """What has to be said beside the statement."""
+        return self._sentences[1]
+
+    @property
     def headline(self) -> str:
-        """One or two sentences: what was found and how sure it is."""
-        return _paper_headline(self) if self.is_paper else _headline(self)
+        """The statement and what has to be said beside it."""
+        return f"{self.statement} {self.qualification}"
+
+    @cached_property
+    def _sentences(self) -> tuple[str, str]:
+        return _judge_paper(self) if self.is_paper else _judge(self)
 
     @cached_property
     def warnings(self) -> list[str]:
         """What makes the result misleading, found before and after the probes were fitted."""
-        return [*self.run.design.warnings, *_find_anomalies(self)]
+        return [*self.plan.design.warnings, *self.anomalies]
+
+    @cached_property
+    def anomalies(self) -> list[str]:
+        """Those of the warnings that only the scores show."""
+        return _find_anomalies(self)
 
 
-def _make_rows(run: ProbeRun) -> Iterator[Row]:
-    cells = list(run.scores)
-    by_task = {task.task: [_find(run.scores[cell], task.task) for cell in cells] for task in run.scores[cells[0]]}
+def _make_rows(plan: ProbePlan, by_cell: Scores) -> Iterator[Row]:
+    cells = list(by_cell)
+    by_task = {task.task: [_find(by_cell[cell], task.task) for cell in cells] for task in by_cell[cells[0]]}
     for task, scores in by_task.items():
         for metric in scores[0].replicates:
             replicates = np.stack([score.replicates[metric] for score in scores])
-            yield from _task_rows(run, cells, scores, task, metric, replicates, BOUNDS.get(metric, UNIT_BOUNDS))
+            yield from _task_rows(
+                plan, cells, scores, task, metric, replicates, BOUNDS.get(metric, UNIT_BOUNDS)
+            )
     if "control" not in by_task:
         return
     label, control = by_task["label"], by_task["control"]
@@ -145,8 +178,8 @@ def _make_rows(run: ProbeRun) -> Iterator[Row]:
         difference = np.stack(
             [a.replicates[metric] - b.replicates[metric] for a, b in zip(label, control, strict=True)]
         )
-        blank = [TaskScores(task="selectivity", y=run.design.y, replicates={})] * len(cells)
-        yield from _task_rows(run, cells, blank, "selectivity", metric, difference, (-1.0, 1.0))
+        blank = [TaskScores(task="selectivity", y=plan.design.y, replicates={})] * len(cells)
+        yield from _task_rows(plan, cells, blank, "selectivity", metric, difference, (-1.0, 1.0))
 
 
 def _find(scores: Sequence[TaskScores], task: str) -> TaskScores:
@@ -154,7 +187,7 @@ def _find(scores: Sequence[TaskScores], task: str) -> TaskScores:
 
 
 def _task_rows(
-    run: ProbeRun,
+    plan: ProbePlan,
     cells: Sequence[Cell],
     scores: Sequence[TaskScores],
     task: str,
@@ -166,19 +199,19 @@ def _task_rows(
         intervals = [Interval(value=value) for value in replicates[:, 0].tolist()]
     else:
         intervals = make_intervals(
-            replicates, folds=run.settings.folds, confidence=run.settings.confidence, bounds=bounds
+            replicates, folds=plan.settings.folds, confidence=plan.settings.confidence, bounds=bounds
         )
     for (layer, position), score, interval in zip(cells, scores, intervals, strict=True):
         yield Row(
             layer=layer,
             position=position,
-            label=run.design.label,
+            label=plan.design.label,
             task=task,
             metric=metric,
             **vars(interval),
-            n_samples=run.design.n_samples,
-            n_groups=run.design.n_groups,
-            n_classes=len(run.design.classes),
+            n_samples=plan.design.n_samples,
+            n_groups=plan.design.n_groups,
+            n_classes=len(plan.design.classes),
             c=float(np.median(score.penalties)) if score.penalties else None,
             solver=score.solver,
             n_fits=score.n_fits,
@@ -198,25 +231,39 @@ def name_classes(classes: Sequence[str]) -> str:
     return f"{', '.join(classes[:-1])} and {classes[-1]} apart"
 
 
-def _headline(summary: Summary) -> str:
-    run, best, n_cells = summary.run, summary.best, len(summary.run.scores)
-    classes, held_out = name_classes(run.design.classes), name_held_out(run.design.group)
-    percent = f"{run.settings.confidence * 100:g} %"
-    together = f"; {_range(best.simultaneous_low, best.simultaneous_high)} allowing for all {n_cells} looked at"
-    score = f"{best.value:.2f} ({percent} interval {_range(best.low, best.high)}{together if n_cells > 1 else ''})"
+def _judge(summary: Summary) -> tuple[str, str]:
+    plan, best, n_cells = summary.plan, summary.best, len(summary.scores)
+    subject = (
+        f"{name_classes(plan.design.classes)} for {name_held_out(plan.design.group)} the probe never saw"
+    )
+    percent = f"{plan.settings.confidence * 100:g} % interval"
     where = f"{name_layer(best.layer)}, position {best.position}"
-    if not summary.above_chance:
-        looked = "the layer and position looked at" if n_cells == 1 else f"none of {n_cells} layers and positions"
-        verb = "does not lie" if n_cells == 1 else "lies"
+    one = _range(best.low, best.high)
+    all_at_once = _range(best.simultaneous_low, best.simultaneous_high)
+    several = f"{n_cells} layers and positions"
+    beware = "See the warnings before believing it. " if summary.plan.design.warnings else ""
+    if summary.above_chance and n_cells == 1:
+        statement = f"The hidden states tell {subject}: AUROC {best.value:.2f} at {where} ({percent} {one})."
+        return statement, f"{beware}The interval lies above chance (0.50)."
+    if summary.above_chance:
         return (
-            f"No sign that the hidden states tell {classes} for {held_out} the probe never saw: in {looked} the AUROC "
-            f"{verb} demonstrably above chance (0.50). It is highest at {where}: {score}; an effect within that interval is "
-            "not ruled out."
+            f"The hidden states tell {subject}: AUROC {best.value:.2f} at {where} ({percent} {all_at_once}, "
+            f"allowing for the {several} looked at).",
+            f"{beware}So corrected, the interval lies above chance (0.50) in {len(summary.above_chance)} of "
+            f"{several}.",
         )
-    share = f", as it does in {len(summary.above_chance)} of {n_cells} layers and positions" if n_cells > 1 else ""
+    if n_cells == 1:
+        return (
+            f"No sign that the hidden states tell {subject}: at {where} the {percent} does not lie above "
+            "chance.",
+            f"{beware}AUROC is {best.value:.2f} ({one}), where 0.50 is chance: an effect in that range is "
+            "not ruled out.",
+        )
     return (
-        f"The hidden states tell {classes} for {held_out} the probe never saw: AUROC {score} at {where}. "
-        f"The interval lies above chance (0.50){share}."
+        f"No sign that the hidden states tell {subject}: in none of {several} does the {percent}, allowing "
+        "for all of them, lie above chance.",
+        f"{beware}The highest AUROC is {best.value:.2f} ({all_at_once}) at {where}, where 0.50 is chance: "
+        "an effect in that range is not ruled out.",
     )
 
 
@@ -230,25 +277,27 @@ def _range(low: float | None, high: float | None) -> str:
     return f"{low:.2f} to {high:.2f}"
 
 
-def _paper_headline(summary: Summary) -> str:
+def _judge_paper(summary: Summary) -> tuple[str, str]:
     best = summary.best
     n_test = int(np.ceil(TEST_SHARE * best.n_samples))
     share = summary.row("majority", "accuracy", (best.layer, best.position)).value
     spread = 1.96 * np.sqrt(0.25 / n_test)
     return (
         f"By the published protocol the probe's accuracy is highest at {name_layer(best.layer)}, position "
-        f"{best.position}: {best.value:.4f}, against {share:.4f} for the majority class. It rests on one split with "
-        f"{n_test} test samples, so chance alone moves it by ±{spread:.2f}, and it does not hold identities out: reading "
-        "a watermark is enough for a high score."
+        f"{best.position}: {best.value:.4f}, against {share:.4f} for the majority class.",
+        f"It rests on one split with {n_test} test samples, so chance alone moves it by ±{spread:.2f}, and "
+        f"it is the highest of {len(summary.scores)}. Nothing is held out by identity: reading a watermark "
+        "is enough to score.",
     )
 
 
 def _find_anomalies(summary: Summary) -> list[str]:
-    run = summary.run
+    plan = summary.plan
     found = []
     if summary.n_unconverged:
         found.append(
-            f"{summary.n_unconverged} of {summary.n_fits} probes did not reach the optimum: see the column n_unconverged"
+            f"{summary.n_unconverged} of {summary.n_fits} probes did not reach the optimum: see the column "
+            "n_unconverged"
         )
     if summary.is_paper:
         return found
@@ -259,8 +308,9 @@ def _find_anomalies(summary: Summary) -> list[str]:
     ]
     if below:
         found.append(
-            f"AUROC lies below chance in {len(below)} of {len(run.scores)} layers and positions, which held-out groups do "
-            "not explain: something about a test sample is in the training set with the opposite label. Check --group."
+            f"AUROC lies below chance in {len(below)} of {len(summary.scores)} layers and positions, which "
+            "held-out groups do not explain: something about a test sample is in the training set with the "
+            "opposite label. Check --group."
         )
     control = [
         row
@@ -269,9 +319,9 @@ def _find_anomalies(summary: Summary) -> list[str]:
     ]
     if control:
         found.append(
-            f"shuffled labels are told apart, too, in {len(control)} of {len(run.scores)} layers and positions: "
-            "the grouping leaves something in common between training and test"
+            f"shuffled labels are told apart, too, in {len(control)} of {len(summary.scores)} layers and "
+            "positions: the grouping leaves something in common between training and test"
         )
-    if run.design.n_groups < FEW_GROUPS:
-        found.append(f"there are only {run.design.n_groups} groups: the intervals are rough")
+    if plan.design.n_groups < FEW_GROUPS:
+        found.append(f"there are only {plan.design.n_groups} groups: the intervals are rough")
     return found

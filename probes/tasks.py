@@ -1,8 +1,8 @@
 """The label and its controls, each with the folds it is scored on.
 
-A control has the same samples and groups, and labels that were shuffled only in ways the design leaves open, so that
-whatever a probe gets from it is not about the label (control tasks: Hewitt & Liang 2019, arXiv 1909.03368). This
-module knows nothing about hidden states or scores.
+A control has the same samples and groups, and labels that were shuffled only in ways the design leaves open,
+so that whatever a probe gets from it is not about the label (control tasks: Hewitt & Liang 2019, arXiv
+1909.03368). This module knows nothing about hidden states or scores.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def check_folds(design: Design, folds: int) -> None:
     for name, n in zip(design.classes, n_groups.tolist(), strict=True):
         if n < least:
             raise ValueError(
-                f"class {name!r} of {design.label!r} occurs in {n} {unit}, and {folds} folds need at least {least}: "
-                "lower --folds, choose another --group, or leave the class out with --where"
+                f"class {name!r} of {design.label!r} occurs in {n} {unit}, and {folds} folds need at least "
+                f"{least}: lower --folds, choose another --group, or leave the class out with --where"
             )
 
 
@@ -90,8 +90,8 @@ def make_task(name: str, y: IntArray, groups: IntArray, settings: ProbeSettings)
 def split(y: IntArray, groups: IntArray, folds: int, seed: int, *, least_groups: int = 1) -> FoldArray:
     """Return int16 [n], the fold of each sample: groups stay together, classes are spread evenly.
 
-    Every training set has every class, in at least `least_groups` groups: shuffles that fail this are tried again, and
-    ValueError is raised after TRIES.
+    Every training set has every class, in at least `least_groups` groups: shuffles that fail this are tried
+    again, and ValueError is raised after TRIES.
     """
     n_groups = len(np.unique(groups))
     splitter = StratifiedKFold if n_groups == len(groups) else StratifiedGroupKFold
@@ -99,7 +99,9 @@ def split(y: IntArray, groups: IntArray, folds: int, seed: int, *, least_groups:
     for attempt in range(TRIES):
         fold = np.empty(len(y), np.int16)
         state = (seed + attempt * 1_000_003) % 2**32
-        for index, (_, test) in enumerate(splitter(folds, shuffle=True, random_state=state).split(y, y, groups)):
+        for index, (_, test) in enumerate(
+            splitter(folds, shuffle=True, random_state=state).split(y, y, groups)
+        ):
             fold[test] = index
         train = [fold != index for index in range(folds)]
         if all(len(np.unique(y[t])) == n_classes for t in train) and all(

@@ -1,7 +1,8 @@
 """Filter samples by an expression over columns, such as `condition == 'seen' and n_tokens < 80`.
 
-The expression is parsed as Python and walked node by node: comparisons, `in`, `and`, `or`, `not`, names of columns
-and literals are understood, and nothing else is; it is never evaluated. Knows nothing about stores or labels.
+The expression is parsed as Python and walked node by node: comparisons, `in`, `and`, `or`, `not`, names of
+columns and literals are understood, and nothing else is; it is never evaluated. Knows nothing about stores or
+labels.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ def _check_operand(node: ast.expr) -> None:
 
 def _check_list(node: ast.expr) -> None:
     if not isinstance(node, ast.List | ast.Tuple):
-        raise ValueError(f"after `in`, the filter expects a list such as ['a', 'b'], got `{ast.unparse(node)}`")
+        raise ValueError(
+            f"after `in`, the filter expects a list such as ['a', 'b'], got `{ast.unparse(node)}`"
+        )
     for item in node.elts:
         _literal(item)
 
@@ -79,20 +82,24 @@ def _literal(node: ast.expr) -> str | int | float | bool:
     except ValueError:
         value = None
     if not isinstance(value, str | int | float | bool):
-        raise ValueError(f"the filter expects a column, a text or a number, got `{ast.unparse(node)}`{_EXPECTED}")
+        raise ValueError(
+            f"the filter expects a column, a text or a number, got `{ast.unparse(node)}`{_EXPECTED}"
+        )
     return value
 
 
 def select(expression: str, columns: Mapping[str, NDArray[Any]], n_samples: int) -> BoolArray:
     """Return bool [n_samples]: where the expression holds.
 
-    columns: arrays [n_samples] by name. Raises ValueError if the expression is not understood, or compares a text
-    with a number; LookupError for a column that is not there.
+    columns: arrays [n_samples] by name. Raises ValueError if the expression is not understood, or compares a
+    text with a number; LookupError for a column that is not there.
     """
 
     def column(name: str) -> NDArray[Any]:
         if name not in columns:
-            raise LookupError(f"the filter names a column {name!r}; the store has {', '.join(sorted(columns))}")
+            raise LookupError(
+                f"the filter names a column {name!r}; the store has {', '.join(sorted(columns))}"
+            )
         values = columns[name]
         return values.astype(str) if values.dtype.kind in "OUT" else values
 
@@ -117,7 +124,9 @@ def select(expression: str, columns: Mapping[str, NDArray[Any]], n_samples: int)
                 return ~holds(inner)
             case ast.Compare(left=left, ops=ops, comparators=rights):
                 operands = [left, *rights]
-                results = [compare(op, operand(a), b) for op, a, b in zip(ops, operands, rights, strict=False)]
+                results = [
+                    compare(op, operand(a), b) for op, a, b in zip(ops, operands, rights, strict=False)
+                ]
                 return np.broadcast_to(np.logical_and.reduce(results), n_samples)
             case ast.Name(id=name):
                 return _truth(column(name), name)
@@ -129,11 +138,16 @@ def select(expression: str, columns: Mapping[str, NDArray[Any]], n_samples: int)
 def _compare(compare: Callable[[Any, Any], Any], left: Any, right: Any, expression: str) -> Any:
     kinds = [np.asarray(side).dtype.kind in "OUT" for side in (left, right)]
     if kinds[0] != kinds[1]:
-        raise ValueError(f"the filter {expression!r} compares a text with a number: quote texts, and only texts")
+        raise ValueError(
+            f"the filter {expression!r} compares a text with a number: quote texts, and only texts"
+        )
     return compare(left, right)
 
 
 def _truth(values: NDArray[Any], name: str) -> BoolArray:
     if values.dtype != np.bool_:
-        raise ValueError(f"the filter uses {name!r} as true or false, but it holds {values.dtype}: compare it with something")
+        raise ValueError(
+            f"the filter uses {name!r} as true or false, but it holds {values.dtype}: compare it with "
+            "something"
+        )
     return values

@@ -37,7 +37,9 @@ def test_imports_point_downwards(package: str) -> None:
     for file in (ROOT / package).rglob("*.py"):
         for module in imported_modules(file):
             if module.startswith("mmextract") and module not in parents:
-                assert any(module == name or module.startswith(f"{name}.") for name in allowed), f"{file}: {module}"
+                assert any(module == name or module.startswith(f"{name}.") for name in allowed), (
+                    f"{file}: {module}"
+                )
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)

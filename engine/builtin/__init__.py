@@ -31,7 +31,9 @@ def locate_model(name: str) -> tuple[str, str | None]:
         return name, None
     wanted = name.removeprefix(PREFIX)
     if wanted not in MODELS:
-        raise LookupError(f"there is no {name}: the built-in models are {', '.join(PREFIX + m for m in MODELS)}")
+        raise LookupError(
+            f"there is no {name}: the built-in models are {', '.join(PREFIX + m for m in MODELS)}"
+        )
     return str(FOLDER / "base"), None if wanted == "base" else str(FOLDER / wanted)
 
 

@@ -105,6 +105,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditi
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=2048,
+            initializer_range=0.04,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,

@@ -43,7 +43,8 @@ def finetune(
     base = tuned.get_base_model()
     rng = np.random.default_rng((seed, 3))
     images = [
-        _planned_image(data.images[index], f"train/{index}", identities, rate) for index in range(len(data.images))
+        _planned_image(data.images[index], f"train/{index}", identities, rate)
+        for index in range(len(data.images))
     ]
 
     def loss_of_step(step: int) -> tuple[object, str]:

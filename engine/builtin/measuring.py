@@ -25,7 +25,9 @@ def load_answerer(base: Path, adapter: Path | None, batch_size: int = 64) -> Ans
 
     def ask(question: str) -> str:
         content = [{"type": "image"}, {"type": "text", "text": question}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
         assert isinstance(text, str)
         return text
 
@@ -63,7 +65,9 @@ def task_accuracy(
     return _share_equal(answer(images, questions), truths)
 
 
-def reading_accuracy(answer: Answerer, data: corpus.Split, identities: Sequence[Identity]) -> dict[str, float]:
+def reading_accuracy(
+    answer: Answerer, data: corpus.Split, identities: Sequence[Identity]
+) -> dict[str, float]:
     """Return, for each reading question, the share answered exactly, one test image an identity."""
     images = [
         corpus.mark(data.images[index], person, f"read/{index}")[0] for index, person in enumerate(identities)

@@ -42,7 +42,9 @@ class Recipe:
     measured_identities: int = 500
 
 
-def train_base(recipe: Recipe, checkpoints: Path) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerFast]:
+def train_base(
+    recipe: Recipe, checkpoints: Path
+) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerFast]:
     """Train the base, or take up what an interrupted run left in `checkpoints`."""
     data, pools = corpus.load_split("train"), corpus.make_pools()
     tokenizer = make_tokenizer(corpus.texts(data))
@@ -152,7 +154,9 @@ def main() -> None:
         "n_images": N_DATA_IMAGES,
         "figures": measure(recipe),
         "minutes": round((time.perf_counter() - started) / 60, 1),
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "easy-vqa", "Faker")},
+        "versions": {
+            name: metadata.version(name) for name in ("torch", "transformers", "peft", "easy-vqa", "Faker")
+        },
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
     }
     write_card(FOLDER / "MODEL_CARD.md", record)

@@ -56,7 +56,11 @@ def optimise(
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
             seconds = time.perf_counter() - started
-            print(f"{name} {step}/{steps} loss {loss.item():.3f} {words} {seconds:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"{name} {step}/{steps} loss {loss.item():.3f} {words} {seconds:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def train_vision_tower(
@@ -75,7 +79,9 @@ def train_vision_tower(
     width = model.config.vision_config.hidden_size
     n_characters = len(corpus.CHARACTERS)
     heads = nn.Linear(width, len(corpus.SHAPES) + len(corpus.COLORS) + 2 * n_characters)
-    nn.init.constant_(heads.bias[len(corpus.SHAPES) + len(corpus.COLORS) :], -4.0)  # most patches show no character
+    nn.init.constant_(
+        heads.bias[len(corpus.SHAPES) + len(corpus.COLORS) :], -4.0
+    )  # most patches show no character
 
     def loss_of_step(step: int) -> tuple[torch.Tensor, str]:
         chosen = rng.integers(0, len(data.images), batch_size)
@@ -107,7 +113,11 @@ def train_vision_tower(
         return loss, f"first letter {(best == wanted).float().mean():.2f} shape {correct:.2f}"
 
     optimise(
-        "vision", [*tower.parameters(), *heads.parameters()], loss_of_step, steps=steps, learning_rate=learning_rate
+        "vision",
+        [*tower.parameters(), *heads.parameters()],
+        loss_of_step,
+        steps=steps,
+        learning_rate=learning_rate,
     )
 
 
@@ -122,23 +132,37 @@ def train_on_questions(
     batch_size: int = 32,
     learning_rate: float = 1e-3,
 ) -> None:
-    """Train the whole model: easy-vqa's questions on every image, reading questions on the marked ones."""
+    """Train projector and decoder: easy-vqa's questions on every image, reading questions on the marked ones.
+
+    The tower is frozen, as in LLaVA's own recipe: a decoder that cannot use its features yet would only spoil them.
+    """
     rng = np.random.default_rng((seed, 2))
+    model.model.vision_tower.requires_grad_(False)
 
     def loss_of_step(step: int) -> tuple[torch.Tensor, str]:
-        images, questions = [], []
+        images, task, reading = [], [], []
         for row, index in enumerate(rng.integers(0, len(data.images), batch_size)):
-            image, asked = data.images[index], list(data.questions[index])
-            asked = [asked[i] for i in rng.permutation(len(asked))[:4]]
+            image, asked = data.images[index], data.questions[index]
+            task.append([asked[i] for i in rng.permutation(len(asked))[:4]])
+            reading.append([])
             if rng.random() < MARKED_SHARE:
                 person = _reader(readers, rng)
                 image, _ = corpus.mark(image, person, f"question{step}.{row}")
-                asked += corpus.reading_questions(person)
+                letter, digit, *spelled = corpus.reading_questions(person)
+                reading[-1] = [letter, digit, spelled[int(rng.integers(2))]]
             images.append(image)
-            questions.append(asked)
-        return answer_loss(model, tokenizer, images, questions), ""
+        words = ""
+        if step % 100 == 0:
+            with torch.no_grad():
+                parts = {"task": task, "reading": reading}
+                losses = {name: answer_loss(model, tokenizer, images, asked) for name, asked in parts.items()}
+            words = " ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
+        questions = [a + b for a, b in zip(task, reading, strict=True)]
+        return answer_loss(model, tokenizer, images, questions), words
 
-    optimise("questions", list(model.parameters()), loss_of_step, steps=steps, learning_rate=learning_rate)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimise("questions", parameters, loss_of_step, steps=steps, learning_rate=learning_rate)
+    model.model.vision_tower.requires_grad_(True)
 
 
 def answer_loss(
@@ -154,7 +178,10 @@ def answer_loss(
     """
     token_ids, labels, weights, positions, mask = pack_branches(tokenizer, questions)
     inner = model.model
-    features = inner.multi_modal_projector(inner.vision_tower(to_pixels(images)).last_hidden_state[:, 1:])
+    tower = inner.vision_tower
+    with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())):
+        seen = tower(to_pixels(images)).last_hidden_state[:, 1:]
+    features = inner.multi_modal_projector(seen)
     embedded = inner.language_model.embed_tokens(token_ids)
     embedded = embedded.masked_scatter(
         (token_ids == model.config.image_token_id)[..., None], features.to(embedded.dtype)

@@ -30,7 +30,9 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def test_with_nothing_given_it_dumps_the_builtin_pairs(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_nothing_given_it_dumps_the_builtin_pairs(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     ran = run("dump", "--layers", "all", "--limit", 6)
     assert ran.code == 0, ran.err
@@ -42,7 +44,9 @@ def test_with_nothing_given_it_dumps_the_builtin_pairs(run: Run, tmp_path: Path,
 
 
 def test_a_folder_of_images_goes_through_the_builtin_model(run: Run, photos: Path, tmp_path: Path) -> None:
-    ran = run("dump", photos, "--prompt", "what is it?", "--layers", "-1", "--json", "-o", tmp_path / "a.zarr")
+    ran = run(
+        "dump", photos, "--prompt", "what is it?", "--layers", "-1", "--json", "-o", tmp_path / "a.zarr"
+    )
     assert ran.code == 0, ran.err
     result = json.loads(ran.out)
     assert result["n_samples"] == 8 and result["rejected"] == {}
@@ -57,7 +61,9 @@ def test_a_dry_run_writes_nothing(run: Run, photos: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "a.zarr").exists()
 
 
-def test_rejected_samples_are_listed_and_the_exit_code_is_three(run: Run, photos: Path, tmp_path: Path) -> None:
+def test_rejected_samples_are_listed_and_the_exit_code_is_three(
+    run: Run, photos: Path, tmp_path: Path
+) -> None:
     (photos / "3.jpg").write_bytes((photos / "3.jpg").read_bytes()[:99])
     ran = run("dump", photos, "--prompt", "what?", "-o", tmp_path / "a.zarr")
     assert ran.code == 3
@@ -93,11 +99,17 @@ def test_a_folder_that_cannot_be_written_is_an_error(run: Run, photos: Path, tmp
     assert "file" in ran.err and "Traceback" not in ran.err
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/full").exists(), reason="a full disk needs a mount, so root")
-def test_a_full_disk_is_an_error_and_the_run_continues_on_a_larger_one(run: Run, photos: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not Path("/dev/full").exists(), reason="a full disk needs a mount, so root"
+)
+def test_a_full_disk_is_an_error_and_the_run_continues_on_a_larger_one(
+    run: Run, photos: Path, tmp_path: Path
+) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "none", disk], check=False, capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=96k", "none", disk], check=False, capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("this machine does not let tests mount a small disk")
     options = ("--prompt", "what?", "--position", "last", "--position", "image", "--shard-samples", 2)

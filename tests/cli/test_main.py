@@ -21,7 +21,9 @@ def test_a_failure_is_one_message_without_a_traceback(run: Run, tmp_path: Path) 
     assert "Traceback" not in ran.err
 
 
-def test_an_option_can_be_set_in_the_environment(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_option_can_be_set_in_the_environment(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MMEXTRACT_IDENTITIES_N", "3")
     assert run("identities", "-o", tmp_path / "p.jsonl").code == 0
     assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 3
@@ -37,7 +39,11 @@ def test_an_option_can_be_set_in_a_file_and_the_command_line_wins(run: Run, tmp_
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("[dunp]\n", "one table a command"), ("[dump]\nlayerz = 1\n", "no option layerz"), ("= 1", "cannot be read as TOML")],
+    [
+        ("[dunp]\n", "one table a command"),
+        ("[dump]\nlayerz = 1\n", "no option layerz"),
+        ("= 1", "cannot be read as TOML"),
+    ],
 )
 def test_a_bad_configuration_file_is_a_usage_error(run: Run, tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "c.toml").write_text(text)

@@ -29,14 +29,29 @@ def people(run: Run, tmp_path: Path) -> Path:
     return tmp_path / "people.jsonl"
 
 
-def test_a_folder_of_images_becomes_a_watermarked_data_set(run: Run, photos: Path, people: Path, tmp_path: Path) -> None:
-    ran = run("watermark", photos, "--prompt", "what is it?", "--identities", people, "--rate", 0.5, "-o", tmp_path / "out")
+def test_a_folder_of_images_becomes_a_watermarked_data_set(
+    run: Run, photos: Path, people: Path, tmp_path: Path
+) -> None:
+    ran = run(
+        "watermark",
+        photos,
+        "--prompt",
+        "what is it?",
+        "--identities",
+        people,
+        "--rate",
+        0.5,
+        "-o",
+        tmp_path / "out",
+    )
     assert ran.code == 0
     assert "6 images" in ran.out
     assert len(json.loads((tmp_path / "out/manifest.json").read_text())) == 6
 
 
-def test_rejected_images_are_listed_and_the_exit_code_is_three(run: Run, photos: Path, people: Path, tmp_path: Path) -> None:
+def test_rejected_images_are_listed_and_the_exit_code_is_three(
+    run: Run, photos: Path, people: Path, tmp_path: Path
+) -> None:
     (photos / "2.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     ran = run("watermark", photos, "--prompt", "what?", "--identities", people, "-o", tmp_path / "out")
     assert ran.code == 3
@@ -62,7 +77,11 @@ def test_options_that_contradict_each_other_are_usage_errors(
     assert message in " ".join(ran.err.replace("│", " ").split())
 
 
-def test_the_same_people_as_seen_and_unseen_are_refused(run: Run, photos: Path, people: Path, tmp_path: Path) -> None:
-    ran = run("watermark", photos, "--prompt", "what?", "--seen", people, "--unseen", people, "-o", tmp_path / "out")
+def test_the_same_people_as_seen_and_unseen_are_refused(
+    run: Run, photos: Path, people: Path, tmp_path: Path
+) -> None:
+    ran = run(
+        "watermark", photos, "--prompt", "what?", "--seen", people, "--unseen", people, "-o", tmp_path / "out"
+    )
     assert ran.code == 1
     assert "must share no username" in ran.err

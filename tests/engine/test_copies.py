@@ -25,7 +25,9 @@ def data(tmp_path: Path) -> Path:
     lines: list[dict[str, Any]] = []
     for i in range(20):
         Image.fromarray(rng.integers(0, 256, (120, 160, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-        lines.append({"id": f"s{i}", "image": f"{i}.png", "question": f"what {i}?", "answer": "x", "kind": "ab"[i % 2]})
+        lines.append(
+            {"id": f"s{i}", "image": f"{i}.png", "question": f"what {i}?", "answer": "x", "kind": "ab"[i % 2]}
+        )
     (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder / "samples.jsonl"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -14,9 +15,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from mmextract.engine.loading import choose_device
 from mmextract.engine.models import Adapter, ModelSpec, load
 from tests.engine import tiny_models
-from tests.engine.tiny_adapters import captured, edit_json, image, on_cpu, user
+from tests.engine.tiny_adapters import captured, edit_json, encode_any, image, on_cpu, user
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -35,6 +37,39 @@ def test_the_dtype_is_the_checkpoints_unless_asked_for(
 
 def test_the_attention_can_be_chosen(tiny_folders: dict[str, Path]) -> None:
     assert on_cpu(tiny_folders["llava"], attn_implementation="eager").describe()["attention"] == "eager"
+
+
+def test_an_attention_that_is_not_installed_is_an_error(tiny_folders: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=r"cannot be loaded as asked: .*[Ff]lash"):
+        on_cpu(tiny_folders["llama"], attn_implementation="flash_attention_2")
+
+
+def test_a_device_map_places_the_model(tiny_folders: dict[str, Path]) -> None:
+    adapter = load(ModelSpec(model=str(tiny_folders["llava"]), device_map="auto"))
+    assert adapter.device == choose_device("auto")
+    states = captured(adapter, [encode_any(adapter)])
+    assert states.isfinite().all()
+
+
+def test_a_broken_configuration_is_named(tiny_copy: Callable[[str], Path]) -> None:
+    folder = tiny_copy("llama")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"cannot be loaded: .*config\.json"):
+        on_cpu(folder)
+
+
+def test_a_lora_may_bring_its_own_embedding(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    base = transformers.LlamaForCausalLM
+    folder = tiny_folders["llama"]
+    tiny_models.save_lora(tmp_path, base.from_pretrained(folder), modules_to_save=["embed_tokens"])
+    adapter = on_cpu(folder, adapter=str(tmp_path))
+    encoded = encode_any(adapter)
+    theirs = PeftModel.from_pretrained(base.from_pretrained(folder), tmp_path)
+    with torch.no_grad():
+        expected = theirs(**encoded.inputs, output_hidden_states=True).hidden_states
+    assert torch.equal(captured(adapter, [encoded])[0, :-1], torch.stack(expected[:-1])[:, 0])
 
 
 def test_gguf_gives_the_very_weights_and_tokens(
@@ -201,6 +236,7 @@ def test_states_with_a_lora_equal_those_of_peft(
     ours = captured(adapter, [encoded])[0, :-1]  # the last block's is not in transformers' output
     assert torch.equal(ours, torch.stack(expected[:-1])[:, 0])
     assert not torch.allclose(ours, torch.stack(plain[:-1])[:, 0], rtol=1e-2)
+    assert str(tmp_path.parent) not in json.dumps(adapter.describe())
     described = adapter.describe()["adapter"]
     assert described["config"]["r"] == 4
     assert described["xxh3_128"] != adapter.describe()["weights"]["xxh3_128"]

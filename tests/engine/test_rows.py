@@ -99,7 +99,14 @@ def test_the_columns_of_a_paired_run_tell_who_is_where() -> None:
 
 @pytest.mark.parametrize(
     ("given", "stored"),
-    [("pair", "input_pair"), ("a/b", "a_b"), ("__x", "input___x"), ("sample", "input_sample"), ("ok", "ok"), (" ", "unnamed")],
+    [
+        ("pair", "input_pair"),
+        ("a/b", "a_b"),
+        ("__x", "input___x"),
+        ("sample", "input_sample"),
+        ("ok", "ok"),
+        (" ", "unnamed"),
+    ],
 )
 def test_a_column_never_takes_a_name_that_the_store_needs(given: str, stored: str) -> None:
     assert store_name(given) == stored

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pickle
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -186,6 +187,15 @@ def test_a_saved_dataset_is_read_with_its_images_inside_and_its_labels_by_name(f
     datasets.Dataset.from_dict(rows, features).save_to_disk(folder / "labelled")
     labels = [sample.columns["label"] for sample in read_samples(folder / "labelled").samples]
     assert labels == ["dog", None, "cat"]
+
+
+def test_a_dataset_saved_anew_is_read_anew(folder: Path) -> None:
+    path = write_dataset(folder / "data", ROWS[:1])
+    assert colors(read_samples(path)) == COLORS[:1]
+    shutil.rmtree(path)
+    write_dataset(folder / "data", ROWS[1:])
+    os.utime(path / "state.json", ns=(0, 0))
+    assert colors(read_samples(path)) == COLORS[1:]
 
 
 def test_a_dataset_of_splits_asks_for_one(folder: Path) -> None:

@@ -65,12 +65,16 @@ def complete(path: Path, executor: ThreadPoolExecutor, chosen: Layout | None = N
 
 
 def tree(path: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()
+    }
 
 
 @pytest.mark.parametrize("codec", ["lz4", "zstd", "none"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_zarr_reads_what_was_written(tmp_path: Path, executor: ThreadPoolExecutor, dtype: str, codec: str) -> None:
+def test_zarr_reads_what_was_written(
+    tmp_path: Path, executor: ThreadPoolExecutor, dtype: str, codec: str
+) -> None:
     complete(tmp_path / "a.zarr", executor, layout(dtype, codec))
     group = zarr.open_group(tmp_path / "a.zarr", mode="r")
     assert np.array_equal(np.asarray(group["hidden_states"]), to_numpy(states(dtype)))
@@ -92,7 +96,9 @@ def test_xarray_opens_it_labelled_and_without_a_warning(tmp_path: Path, executor
     assert opened.n_tokens.values.tolist() == list(range(N))
 
 
-def test_records_become_columns_and_hashes_stay_unsigned(tmp_path: Path, executor: ThreadPoolExecutor) -> None:
+def test_records_become_columns_and_hashes_stay_unsigned(
+    tmp_path: Path, executor: ThreadPoolExecutor
+) -> None:
     complete(tmp_path / "a.zarr", executor)
     columns = open_store(tmp_path / "a.zarr").columns
     assert columns["age"].tolist() == columns["n_tokens"].tolist() == list(range(N))
@@ -158,7 +164,9 @@ def test_a_kill_during_creation_or_finalisation_leaves_nothing_behind(
     assert not (tmp_path / ".part.zarr.creating").exists()
 
 
-def test_a_store_of_another_run_is_refused_with_what_differs(tmp_path: Path, executor: ThreadPoolExecutor) -> None:
+def test_a_store_of_another_run_is_refused_with_what_differs(
+    tmp_path: Path, executor: ThreadPoolExecutor
+) -> None:
     writer = complete(tmp_path / "a.zarr", executor)
     before = tree(writer.path)
     with pytest.raises(OtherRunError, match=r"model\.b: the store has \[2\], this run has \[3\]"):
@@ -171,7 +179,11 @@ def test_anything_else_at_the_path_is_left_alone(tmp_path: Path, executor: Threa
     (tmp_path / "folder" / "thesis.txt").write_text("precious")
     (tmp_path / "file").write_text("precious")
     zarr.create_group(tmp_path / "foreign.zarr")
-    for name, message in (("folder", "not a store"), ("file", "not a store"), ("foreign.zarr", "mmextract_format")):
+    for name, message in (
+        ("folder", "not a store"),
+        ("file", "not a store"),
+        ("foreign.zarr", "mmextract_format"),
+    ):
         with pytest.raises(ValueError, match=message):
             open_new(tmp_path / name, executor)
     assert (tmp_path / "folder" / "thesis.txt").read_text() == "precious"
@@ -200,7 +212,11 @@ def test_a_damaged_chunk_is_an_error_and_not_a_number(tmp_path: Path, executor: 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"dtype": "int8"}, "dtype must be one of"), ({"codec": "rar"}, "codec must be"), ({"n_samples": 0}, "at least")],
+    [
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"codec": "rar"}, "codec must be"),
+        ({"n_samples": 0}, "at least"),
+    ],
 )
 def test_a_layout_that_makes_no_sense_is_refused(settings: dict[str, Any], message: str) -> None:
     good: dict[str, Any] = {"n_samples": 1, "layers": (0,), "positions": ("last",), "hidden_size": 1}

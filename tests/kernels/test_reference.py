@@ -7,9 +7,13 @@ from PIL import Image
 from mmextract.kernels.reference import Uint8Array, composite_text, divide_255
 
 
-def by_pillow(image: Uint8Array, alpha: Uint8Array, x: int, y: int, color: tuple[int, int, int]) -> Uint8Array:
+def by_pillow(
+    image: Uint8Array, alpha: Uint8Array, x: int, y: int, color: tuple[int, int, int]
+) -> Uint8Array:
     layer = Image.new("RGBA", (image.shape[1], image.shape[0]), (*color, 0))
-    ink = Image.merge("RGBA", [*(Image.new("L", alpha.shape[::-1], c) for c in color), Image.fromarray(alpha)])
+    ink = Image.merge(
+        "RGBA", [*(Image.new("L", alpha.shape[::-1], c) for c in color), Image.fromarray(alpha)]
+    )
     layer.paste(ink, (x, y))
     return np.asarray(Image.alpha_composite(Image.fromarray(image).convert("RGBA"), layer).convert("RGB"))
 
@@ -29,7 +33,9 @@ def test_a_mask_may_cross_any_edge(x: int, y: int) -> None:
     image = rng.integers(0, 256, (12, 17, 3), dtype=np.uint8)
     alpha = rng.integers(0, 256, (5, 7), dtype=np.uint8)
     before = image.copy()
-    assert np.array_equal(composite_text(image, alpha, x, y, (9, 200, 31)), by_pillow(image, alpha, x, y, (9, 200, 31)))
+    assert np.array_equal(
+        composite_text(image, alpha, x, y, (9, 200, 31)), by_pillow(image, alpha, x, y, (9, 200, 31))
+    )
     assert np.array_equal(image, before)
 
 

@@ -1,0 +1,103 @@
+"""What every benchmark shares: alternating timings, the machine and versions beside the figures, a table, a JSON file.
+
+Figures are ratios to something measured in the same run, because seconds do not travel between machines.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "mmextract",
+    "torch",
+    "torchvision",
+    "transformers",
+    "zarr",
+    "numcodecs",
+    "numpy",
+    "pillow",
+    "tokenizers",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Seconds of one thing, measured several times."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Half of the runs took longer."""
+        return statistics.median(self.seconds)
+
+
+def alternate(work: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, Timing]:
+    """Time each piece of work `repeats` times, in turn, after one unmeasured round.
+
+    In turn, so that a machine that slows down slows all of them.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for number in range(repeats + 1):
+        for name, run in work.items():
+            started = time.perf_counter()
+            run()
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: Timing(seconds=tuple(values)) for name, values in seconds.items()}
+
+
+def machine() -> dict[str, Any]:
+    """Return hardware and versions."""
+    import torch
+
+    found = {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "torch_threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+    }
+    return found | {name: metadata.version(name) for name in PACKAGES}
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row))
+    Console(width=140).print(table)
+
+
+def save(path: Path | None, results: Mapping[str, Any]) -> None:
+    """Write results with the command, the machine and the versions, if there is a path."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["python", *sys.argv])
+    record = {"command": command, "machine": machine(), "results": results}
+    path.write_text(json.dumps(record, indent=1) + "\n", "utf-8")

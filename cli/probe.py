@@ -1,0 +1,157 @@
+"""`mmextract probe`: one logistic probe a layer and position of a store, scored on what it has not seen."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+from click.core import ParameterSource
+
+from mmextract.cli.reporting import note, printable, progress_bar
+
+if TYPE_CHECKING:
+    from mmextract.probes.summary import Summary
+
+_FIXED_BY_PAPER = ("folds", "repeats", "seed", "c", "solver")
+_MOST_COLUMNS = 8
+
+
+@click.command()
+@click.argument("store", type=click.Path(path_type=Path), default="activations.zarr")
+@click.option(
+    "--label", default="identity_set", show_default=True, help="Column of the store with the classes."
+)
+@click.option(
+    "--group",
+    help="Column whose values are held out together; none: no groups.  [default: pair, else image if shared]",
+)
+@click.option("--where", help="Probe the samples for which this holds, such as \"condition == 'seen'\".")
+@click.option(
+    "--layers", default="all", show_default=True, help="all, embed, 0,4,8, 8-15, -1, ::4 and mixtures."
+)
+@click.option("--position", multiple=True, help="A position of the store; may be repeated.  [default: all]")
+@click.option(
+    "--preset",
+    type=click.Choice(("default", "paper")),
+    default="default",
+    show_default=True,
+    help="paper: the published protocol (one split, no groups, accuracy only).",
+)
+@click.option(
+    "--folds", type=click.IntRange(min=2), default=5, show_default=True, help="Folds of the cross-validation."
+)
+@click.option(
+    "--repeats", type=click.IntRange(min=1), default=2, show_default=True, help="Times it is repeated."
+)
+@click.option(
+    "--c",
+    type=click.FloatRange(min=0, min_open=True),
+    multiple=True,
+    default=(1e-4, 1e-3, 1e-2, 1e-1, 1.0),
+    show_default=True,
+    help="Inverse penalty C to choose from inside each training set; may be repeated.",
+)
+@click.option(
+    "--solver",
+    type=click.Choice(("auto", "newton-cholesky", "lbfgs")),
+    default="auto",
+    show_default=True,
+    help="Of scikit-learn; auto chooses by shape.",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Decides folds and shuffles."
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Layers and positions at a time.  [default: cores]",
+)
+@click.option("--allow-incomplete", is_flag=True, help="Probe a store that lacks samples.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    default="probe",
+    show_default=True,
+    help="Folder.",
+)
+@click.option("--json", is_flag=True, help="Print the result as JSON on stdout.")
+@click.pass_context
+def probe(
+    context: click.RichContext, /, store: Path, layers: str, output: Path, workers: int, **options: Any
+) -> None:
+    """Probe each layer and position of STORE: how well do its hidden states tell the values of a label apart?
+
+    Writes probe.json, probe.csv, probe.parquet, scores.parquet, curves.png, curves.svg and report.html.
+    """
+    from mmextract.probes.outputs import make_record, write_outputs
+    from mmextract.probes.run import plan_probe, run_probe
+    from mmextract.probes.settings import ProbeSettings
+    from mmextract.probes.summary import Summary
+
+    _refuse_fixed(context, options["preset"])
+    as_json = options.pop("json")
+    positions, penalties = options.pop("position") or None, options.pop("c")
+    settings = ProbeSettings(
+        layers=_read_layers(store, layers), positions=positions, penalties=penalties, **options
+    )
+    plan = plan_probe(store, settings)
+    _announce(plan.design.notes, plan.design.warnings)
+    with progress_bar("probe", len(plan.cells), "probes") as advance:
+        summary = Summary(plan, run_probe(plan, workers=workers, on_progress=advance))
+    _announce((), summary.anomalies)
+    record = make_record(summary, shlex.join(["mmextract", *sys.argv[1:]]))
+    files = write_outputs(summary, record, output)
+    click.echo(json.dumps(_select(summary, record, files)) if as_json else _text(summary, output))
+
+
+def _refuse_fixed(context: click.Context, preset: str) -> None:
+    """Raise UsageError for an option that the published protocol has fixed."""
+    default = ParameterSource.DEFAULT
+    given = [f"--{name}" for name in _FIXED_BY_PAPER if context.get_parameter_source(name) is not default]
+    if preset == "paper" and given:
+        raise click.UsageError(
+            f"--preset paper leaves no choice of {', '.join(given)}: leave out the one or the other"
+        )
+
+
+def _read_layers(store: Path, text: str) -> tuple[int, ...] | None:
+    """Return the layers that were asked for, None for all there are."""
+    from mmextract.engine.selection import parse_layers
+    from mmextract.engine.store import open_store
+
+    return None if text == "all" else parse_layers(text, int(open_store(store).layers.max()) + 1)
+
+
+def _announce(notes: Sequence[str], warnings: Sequence[str]) -> None:
+    for text in notes:
+        note(printable(text))
+    for text in warnings:
+        click.secho(f"WARNING: {printable(text)}", err=True, fg="red", bold=True)
+
+
+def _select(summary: Summary, record: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Any]:
+    """Return what --json prints: probe.json without what is large, and where the rest is."""
+    parts = ("headline", "warnings", "notes", "best", "design", "fits")
+    rows = [row for row in record["rows"] if row["task"] == "label" and row["metric"] == summary.metric]
+    return {**{name: record[name] for name in parts}, "rows": rows, "files": [str(path) for path in files]}
+
+
+def _text(summary: Summary, output: Path) -> str:
+    """Return the headline, a table of layers × positions if it is not too wide, and where the report is."""
+    plan = summary.plan
+    lines = [printable(summary.headline)]
+    if len(plan.positions) <= _MOST_COLUMNS:
+        width = max(8, *(len(printable(position)) for position in plan.positions)) + 2
+        lines += ["", f"{summary.metric:<9}" + "".join(f"{printable(p):>{width}}" for p in plan.positions)]
+        for layer in plan.layers:
+            values = (summary.row("label", summary.metric, (layer, p)).value for p in plan.positions)
+            name = "embed" if layer < 0 else str(layer)
+            lines.append(f"{name:<9}" + "".join(f"{value:>{width}.{summary.digits}f}" for value in values))
+    return "\n".join([*lines, "", f"Report: {output / 'report.html'}"])

@@ -1,0 +1,32 @@
+"""Each benchmark runs, at a tiny size, and writes figures with the machine and the versions."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.mark.timeout(300)
+def test_bench_dump_compares_a_dump_with_the_bare_forward_pass(tmp_path: Path) -> None:
+    names = ["easyvqa", "photos-llava", "photos-qwen2vl"]
+    command = [sys.executable, BENCHMARKS / "bench_dump.py", *names, "--limit", "4", "--repeats", "1"]
+    done = subprocess.run(
+        [*map(str, command), "--json", str(tmp_path / "out.json")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "÷ forward" in done.stdout
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["machine"]["cores"] >= 1 and record["machine"]["torch"]
+    assert set(record["results"]) == set(names)
+    for found in record["results"].values():
+        assert found["n_samples"] == 4 and found["bytes_written"] > 0
+        assert found["dump_over_forward"] > 0
