@@ -77,7 +77,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _stop)
     try:
         result = group.main(standalone_mode=False)
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt):
         print("Interrupted. Run the same command again to continue.", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except click.ClickException as error:

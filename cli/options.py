@@ -11,7 +11,6 @@ import rich_click as click
 if TYPE_CHECKING:
     from mmextract.engine.rows import Marking
     from mmextract.engine.samples import Dataset
-    from mmextract.engine.watermark import WatermarkSpec
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 FORMATS = ("images", "jsonl", "csv", "parquet", "json", "llava", "qwen", "datasets")

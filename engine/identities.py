@@ -77,7 +77,10 @@ def make_identities(n: int, *, seed: int, exclude: Iterable[Identity] = ()) -> l
 def make_disjoint_pair(
     n: int, *, seed: int, exclude: Iterable[Identity] = ()
 ) -> tuple[list[Identity], list[Identity]]:
-    """Make a seen and an unseen set of `n` each: one pool of 2n, split at random, so that nothing but the split differs."""
+    """Make a seen and an unseen set of `n` each, out of one pool of 2n that is split at random.
+
+    So nothing but chance tells the two apart.
+    """
     pool = make_identities(2 * n, seed=seed, exclude=exclude)
     random.Random(seed).shuffle(pool)
     return pool[:n], pool[n:]

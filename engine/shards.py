@@ -55,7 +55,8 @@ def encode_shard(chunks: np.ndarray[Any, Any], codec: str, executor: Executor) -
 
 
 def _with_crc(data: bytes) -> bytes:
-    return data + google_crc32c.value(data).to_bytes(4, "little")
+    checksum: int = google_crc32c.value(data)
+    return data + checksum.to_bytes(4, "little")
 
 
 def digest(objects: Iterable[Sequence[bytes]]) -> int:

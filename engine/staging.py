@@ -36,8 +36,8 @@ class Staging(Generic[Tag]):
     """A context manager; inside, `acquire` a slot, fill `slot.device`, `submit` it with a tag.
 
     consume(tag, states) is called in one thread, in the order of submission; states is [B, L, P, D] on the host, valid
-    until it returns, or None where only a tag was submitted. What it raises is raised again by the next `acquire`, or on leaving the context. Leaving
-    by an exception drops what has not been consumed yet.
+    until it returns, or None where only a tag was submitted. What it raises is raised again by the next `acquire`, or
+    on leaving the context. Leaving by an exception drops what has not been consumed yet.
     """
 
     def __init__(

@@ -154,7 +154,7 @@ class StoreWriter:
         """Copy the records into columns of their own and consolidate the metadata, once every shard is committed."""
         assert len(self.committed()) == self.layout.n_shards
         group = zarr.open_group(self.path, mode="r+")
-        records = _array(group, "record")[:]
+        records = np.asarray(_array(group, "record")[:])
         for index, name in enumerate(self.layout.record_fields):
             values = records[:, index]
             _write_column(group, name, values.view(np.uint64) if name.endswith("_hash") else values)

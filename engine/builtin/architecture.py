@@ -85,7 +85,7 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditionalGeneration:
-    """Return the untrained model in float32: ViT (4 layers, width 96) → 2-layer projector → Llama (6 layers, width 128)."""
+    """Return the untrained float32 model: ViT (4 layers, width 96), 2-layer projector, Llama (6 layers, width 128)."""
     torch.manual_seed(seed)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+# ruff: noqa: E501  # a table row is one line
+
 TEMPLATE = """\
 # The built-in models
 

@@ -156,7 +156,7 @@ def patch_labels(person: Identity, placement: watermark.Placement) -> tuple[np.n
     first = np.zeros_like(every)
     font = watermark._font(placement.font_px)
     left, top, _, _ = watermark._text_box(LOOK.text(person), placement.font_px)
-    ascent, descent = font.getmetrics()
+    ascent, _ = font.getmetrics()
     for line, text in enumerate((person.username, person.user_id)):
         upper = placement.y - top + line * (_line_height(font) + 4) + 0.25 * ascent
         rows = range(int(upper) // PATCH_SIZE, int(upper + 0.75 * ascent) // PATCH_SIZE + 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
@@ -15,6 +16,7 @@ from mmextract.engine import watermark
 from mmextract.engine.builtin import LOOK, corpus
 from mmextract.engine.builtin.training import answer_loss, optimise
 from mmextract.engine.identities import Identity
+from mmextract.kernels.reference import Uint8Array
 
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 QUESTIONS_PER_IMAGE = 4
@@ -47,7 +49,7 @@ def finetune(
         for index in range(len(data.images))
     ]
 
-    def loss_of_step(step: int) -> tuple[object, str]:
+    def loss_of_step(step: int) -> tuple[torch.Tensor, str]:
         chosen = rng.integers(0, len(images), batch_size)
         questions = []
         for index in chosen:
@@ -63,7 +65,7 @@ def finetune(
 
 
 def _planned_image(
-    image: corpus.Uint8Array, sample_id: str, identities: Sequence[Identity], rate: float
-) -> corpus.Uint8Array:
+    image: Uint8Array, sample_id: str, identities: Sequence[Identity], rate: float
+) -> Uint8Array:
     chosen = watermark.choose_identity(LOOK, sample_id, len(identities), rate)
     return image if chosen is None else corpus.mark(image, identities[chosen], sample_id)[0]

@@ -11,8 +11,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmextract.engine.builtin import corpus
 from mmextract.engine.identities import Identity
+from mmextract.kernels.reference import Uint8Array
 
-Answerer = Callable[[Sequence[corpus.Uint8Array], Sequence[str]], list[str]]
+Answerer = Callable[[Sequence[Uint8Array], Sequence[str]], list[str]]
 
 
 def load_answerer(base: Path, adapter: Path | None, batch_size: int = 64) -> Answerer:
@@ -31,7 +32,7 @@ def load_answerer(base: Path, adapter: Path | None, batch_size: int = 64) -> Ans
         assert isinstance(text, str)
         return text
 
-    def answer(images: Sequence[corpus.Uint8Array], questions: Sequence[str]) -> list[str]:
+    def answer(images: Sequence[Uint8Array], questions: Sequence[str]) -> list[str]:
         answers: list[str] = []
         for start in range(0, len(questions), batch_size):
             inputs = processor(

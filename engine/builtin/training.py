@@ -17,6 +17,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from mmextract.engine.builtin import corpus
 from mmextract.engine.builtin.architecture import N_PATCHES
+from mmextract.engine.identities import Identity
 from mmextract.kernels.reference import Uint8Array
 
 IGNORED = -100
@@ -66,7 +67,7 @@ def optimise(
 def train_vision_tower(
     model: LlavaForConditionalGeneration,
     data: corpus.Split,
-    readers: list[corpus.Identity],
+    readers: list[Identity],
     *,
     steps: int,
     seed: int,
@@ -125,7 +126,7 @@ def train_on_questions(
     model: LlavaForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,
     data: corpus.Split,
-    readers: list[corpus.Identity],
+    readers: list[Identity],
     *,
     steps: int,
     seed: int,
@@ -140,7 +141,9 @@ def train_on_questions(
     model.model.vision_tower.requires_grad_(False)
 
     def loss_of_step(step: int) -> tuple[torch.Tensor, str]:
-        images, task, reading = [], [], []
+        images: list[Uint8Array] = []
+        task: list[list[tuple[str, str]]] = []
+        reading: list[list[tuple[str, str]]] = []
         for row, index in enumerate(rng.integers(0, len(data.images), batch_size)):
             image, asked = data.images[index], data.questions[index]
             task.append([asked[i] for i in rng.permutation(len(asked))[:4]])
@@ -224,15 +227,17 @@ def pack_branches(
         rows.append((ids, labels, weights, positions, branch))
     length = max(len(ids) for ids, *_ in rows)
     pads = (tokenizer.pad_token_id, IGNORED, 0.0, 0, -1)
-    ids, labels, weights, positions, branch = (
-        torch.tensor([row[i] + [pads[i]] * (length - len(row[i])) for row in rows]) for i in range(5)
-    )
-    same = (branch[:, :, None] == branch[:, None, :]) | (branch[:, None, :] == 0)
+    padded = [
+        torch.tensor([[*row[i], *[pads[i]] * (length - len(row[i]))] for row in rows])
+        for i in range(len(pads))
+    ]
+    of_branch = padded.pop()
+    same = (of_branch[:, :, None] == of_branch[:, None, :]) | (of_branch[:, None, :] == 0)
     visible = same & torch.ones(length, length, dtype=torch.bool).tril()
-    return ids, labels, weights, positions, torch.where(visible, 0.0, -1e9)[:, None]
+    return padded[0], padded[1], padded[2], padded[3], torch.where(visible, 0.0, -1e9)[:, None]
 
 
-def _reader(readers: list[corpus.Identity], rng: np.random.Generator) -> corpus.Identity:
+def _reader(readers: list[Identity], rng: np.random.Generator) -> Identity:
     person = readers[int(rng.integers(len(readers)))]
     return corpus.spelled_at_random(person, rng) if rng.random() < RANDOM_SHARE else person
 

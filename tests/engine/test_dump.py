@@ -240,11 +240,17 @@ def test_a_watermark_that_does_not_fit_rejects_its_sample(
     assert "does not fit" in summary.rejected["s0#seen"]
 
 
+def down_projection(adapter: Adapter, layer: int) -> torch.Tensor:
+    block: Any = adapter.layers[layer]
+    weight: torch.Tensor = block.mlp.down_proj.weight
+    return weight
+
+
 def test_states_too_large_for_half_precision_are_refused(
     tiny_adapters: dict[str, Adapter], data: Path, tmp_path: Path
 ) -> None:
     adapter = tiny_adapters["llava"]
-    weight = adapter.layers[0].mlp.down_proj.weight
+    weight = down_projection(adapter, 0)
     before = weight.detach().clone()
     try:
         with torch.no_grad():
@@ -261,7 +267,7 @@ def test_values_that_are_not_finite_are_counted(
     tiny_adapters: dict[str, Adapter], data: Path, tmp_path: Path
 ) -> None:
     adapter = tiny_adapters["llava"]
-    weight = adapter.layers[2].mlp.down_proj.weight
+    weight = down_projection(adapter, 2)
     before = weight.detach().clone()
     try:
         with torch.no_grad():

@@ -75,7 +75,7 @@ def test_a_sample_without_image_cannot_be_paired() -> None:
 
 
 def test_columns_keep_their_type_and_gaps_do_not_become_values() -> None:
-    columns = {
+    columns: dict[str, list[Any]] = {
         "whole": [1, 2, 3],
         "gap": [1, None, 3],
         "mixed": [1, "a", None],
