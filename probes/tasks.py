@@ -94,14 +94,13 @@ def split(y: IntArray, groups: IntArray, folds: int, seed: int, *, least_groups:
     again, and ValueError is raised after TRIES.
     """
     n_groups = len(np.unique(groups))
-    splitter = StratifiedKFold if n_groups == len(groups) else StratifiedGroupKFold
+    single = n_groups == len(groups)
+    splitter, by = (StratifiedKFold, None) if single else (StratifiedGroupKFold, groups)
     n_classes = len(np.unique(y))
     for attempt in range(TRIES):
         fold = np.empty(len(y), np.int16)
         state = (seed + attempt * 1_000_003) % 2**32
-        for index, (_, test) in enumerate(
-            splitter(folds, shuffle=True, random_state=state).split(y, y, groups)
-        ):
+        for index, (_, test) in enumerate(splitter(folds, shuffle=True, random_state=state).split(y, y, by)):
             fold[test] = index
         train = [fold != index for index in range(folds)]
         if all(len(np.unique(y[t])) == n_classes for t in train) and all(

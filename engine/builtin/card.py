@@ -40,7 +40,7 @@ digit" are at chance near 4 to 10 % and 11 %.
 
 {recipe}
 
-in {minutes} minutes on {machine}, {versions}.
+on {machine}, one to two hours, with {versions}.
 
 ## Licence
 
@@ -67,7 +67,6 @@ def write_card(path: Path, record: Mapping[str, Any]) -> None:
             n_images=record["n_images"],
             command=record["command"],
             recipe=", ".join(f"{name} {value}" for name, value in record["recipe"].items()),
-            minutes=record["minutes"],
             machine=record["machine"],
             versions=", ".join(f"{name} {version}" for name, version in record["versions"].items()),
         ),

@@ -130,15 +130,19 @@ def train_on_questions(
     *,
     steps: int,
     seed: int,
+    train_tower: bool,
+    learning_rate: float,
+    task_questions: int = 4,
     batch_size: int = 32,
-    learning_rate: float = 1e-3,
 ) -> None:
-    """Train projector and decoder: easy-vqa's questions on every image, reading questions on the marked ones.
+    """Train on easy-vqa's questions about every image, and on reading questions about the marked ones.
 
-    The tower is frozen, as in LLaVA's own recipe: a decoder that cannot use its features yet would only spoil them.
+    At first with a frozen tower, as in LLaVA's own recipe: a decoder that cannot use its features yet would only
+    spoil them. Then all together.
     """
-    rng = np.random.default_rng((seed, 2))
-    model.model.vision_tower.requires_grad_(False)
+    rng = np.random.default_rng((seed, 3 if train_tower else 2))
+    model.model.vision_tower.requires_grad_(train_tower)
+    name = "all" if train_tower else "questions"
 
     def loss_of_step(step: int) -> tuple[torch.Tensor, str]:
         images: list[Uint8Array] = []
@@ -146,11 +150,11 @@ def train_on_questions(
         reading: list[list[tuple[str, str]]] = []
         for row, index in enumerate(rng.integers(0, len(data.images), batch_size)):
             image, asked = data.images[index], data.questions[index]
-            task.append([asked[i] for i in rng.permutation(len(asked))[:4]])
+            task.append([asked[i] for i in rng.permutation(len(asked))[:task_questions]])
             reading.append([])
             if rng.random() < MARKED_SHARE:
                 person = _reader(readers, rng)
-                image, _ = corpus.mark(image, person, f"question{step}.{row}")
+                image, _ = corpus.mark(image, person, f"{name}{step}.{row}")
                 letter, digit, *spelled = corpus.reading_questions(person)
                 reading[-1] = [letter, digit, spelled[int(rng.integers(2))]]
             images.append(image)
@@ -158,13 +162,13 @@ def train_on_questions(
         if step % 100 == 0:
             with torch.no_grad():
                 parts = {"task": task, "reading": reading}
-                losses = {name: answer_loss(model, tokenizer, images, asked) for name, asked in parts.items()}
-            words = " ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
+                losses = {part: answer_loss(model, tokenizer, images, asked) for part, asked in parts.items()}
+            words = " ".join(f"{part} {loss.item():.3f}" for part, loss in losses.items())
         questions = [a + b for a, b in zip(task, reading, strict=True)]
         return answer_loss(model, tokenizer, images, questions), words
 
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimise("questions", parameters, loss_of_step, steps=steps, learning_rate=learning_rate)
+    optimise(name, parameters, loss_of_step, steps=steps, learning_rate=learning_rate)
     model.model.vision_tower.requires_grad_(True)
 
 

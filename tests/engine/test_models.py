@@ -149,7 +149,7 @@ def test_many_threads_may_encode_at_once(family: str, tiny_copy: Callable[[str],
     adapter = on_cpu(folder)
     pixels = image() if adapter.has_vision else None
     slot = "<image>\n" if adapter.has_vision else ""
-    texts = [f"{slot}{'why ' * (n % 7)}{n}?" for n in range(200)]
+    texts = [f"{slot}{'why ' * (n % 7)}{n}?" for n in range(80)]
 
     def encode(text: str) -> Encoded:
         return adapter.encode(adapter.render(user(text)), pixels)

@@ -1,0 +1,39 @@
+"""Runs that several tests look at; made once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mmextract.probes.run import plan_probe, run_probe
+from mmextract.probes.settings import ProbeSettings
+from mmextract.probes.summary import Summary
+from tests.probes.stores import make_paired_store
+
+QUICK = ProbeSettings(penalties=(0.01, 1.0), resamples=300)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layers −1, 0, 1 and positions last, image; a signal in layer 1, position image, and nowhere else."""
+    path = tmp_path_factory.mktemp("probes") / "paired.zarr"
+    return make_paired_store(path, signals=[[0, 0], [0, 0], [0, 1.0]])
+
+
+def summarise(store: Path, settings: ProbeSettings = QUICK, **changes: object) -> Summary:
+    plan = plan_probe(store, replace(settings, **changes))  # type: ignore[arg-type]
+    return Summary(plan, run_probe(plan))
+
+
+@pytest.fixture(scope="session")
+def summary(store: Path) -> Summary:
+    """A run of the default protocol."""
+    return summarise(store)
+
+
+@pytest.fixture(scope="session")
+def paper_summary(store: Path) -> Summary:
+    """A run of the published protocol."""
+    return summarise(store, preset="paper")

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mmextract.probes.design import Design, make_design
+from mmextract.probes.evaluation import TaskScores, evaluate
+from mmextract.probes.intervals import make_intervals
+from mmextract.probes.metrics import FloatArray
+from mmextract.probes.settings import ProbeSettings
+from mmextract.probes.solvers import SOLVERS, Job, Solution
+from mmextract.probes.tasks import make_tasks
+from tests.probes.stores import paired_columns, paired_states
+
+QUICK = ProbeSettings(penalties=(0.01, 1.0), resamples=100)
+
+
+def paired(
+    *, n_images: int = 60, signal: float = 0.0, seed: int = 0, group: str | None = None
+) -> tuple[FloatArray, Design]:
+    columns = {
+        name: np.array(v, object) for name, v in paired_columns(n_images, n_images // 2, seed=seed).items()
+    }
+    columns |= {"pair": columns["pair"].astype(np.int64), "rejected": np.full(2 * n_images, "", object)}
+    design = make_design(columns, np.ones(2 * n_images, bool), label="identity_set", group=group)
+    states = paired_states(paired_columns(n_images, n_images // 2, seed=seed), 12, signal=signal, seed=seed)
+    return states.astype(np.float64), design
+
+
+def score(x: FloatArray, design: Design, settings: ProbeSettings = QUICK) -> dict[str, TaskScores]:
+    results = evaluate(x, design.groups, make_tasks(design, settings), SOLVERS["auto"], settings)
+    return {result.task: result for result in results}
+
+
+def auroc(scores: TaskScores) -> float:
+    return float(scores.replicates["auroc"][0])
+
+
+def test_a_signal_is_found_and_its_control_is_not() -> None:
+    scores = score(*paired(signal=1.0))
+    assert auroc(scores["label"]) > 0.8
+    assert abs(auroc(scores["control"]) - 0.5) < 0.15
+    assert auroc(scores["majority"]) == 0.5 and scores["majority"].replicates["accuracy"][0] == 0.5
+
+
+def test_splitting_pairs_puts_noise_far_below_chance_and_grouping_does_not() -> None:
+    seeds = range(3)
+    grouped = np.mean([auroc(score(*paired(seed=seed))["label"]) for seed in seeds])
+    ungrouped = np.mean([auroc(score(*paired(seed=seed, group="none"))["label"]) for seed in seeds])
+    assert ungrouped < 0.42
+    assert 0.44 < grouped < 0.56
+
+
+def test_every_sample_is_scored_once_a_repeat_by_a_probe_that_has_not_seen_it() -> None:
+    x, design = paired(signal=0.5)
+    tasks = make_tasks(design, QUICK)
+    label = score(x, design)["label"]
+    assert label.decisions is not None and label.decisions.shape == (2, 120, 1)
+    assert np.isfinite(label.decisions).all()
+    changed = x.copy()
+    moved = tasks[0].folds[0] == 0
+    changed[moved] = 1e3
+    again = score(changed, design)["label"]
+    assert again.decisions is not None
+    # the probe of fold 0 in repeat 0 never saw these samples: what it says of the old ones is what it said before
+    slope = (again.decisions - label.decisions)[0, moved]
+    assert (slope != 0).all()
+    train_only = evaluate(np.where(moved[:, None], x, changed), design.groups, tasks, SOLVERS["auto"], QUICK)[
+        0
+    ]
+    assert train_only.decisions is not None
+    np.testing.assert_array_equal(train_only.decisions[0, moved], label.decisions[0, moved])
+
+
+def test_c_is_chosen_inside_the_training_folds() -> None:
+    noise = score(*paired(signal=0.0))["label"]
+    signal = score(*paired(signal=2.0))["label"]
+    assert len(noise.penalties) == 10
+    assert np.mean(noise.penalties) < np.mean(signal.penalties)
+
+
+def test_a_single_c_is_not_searched_for() -> None:
+    label = score(*paired(), replace(QUICK, penalties=(0.1,)))["label"]
+    assert label.n_fits == 10 and set(label.penalties) == {0.1}
+
+
+def test_majority_scores_are_those_of_the_training_frequencies() -> None:
+    y = np.repeat((np.arange(40) % 4 == 0).astype(np.int64), 2)
+    design = Design(
+        label="x", classes=("a", "b"), group="g", rows=np.arange(80), y=y, groups=np.repeat(np.arange(40), 2)
+    )
+    majority = score(np.random.default_rng(0).normal(size=(80, 4)), design)["majority"].replicates
+    assert majority["accuracy"][0] == 0.75 and majority["balanced_accuracy"][0] == 0.5
+    assert majority["log_loss"][0] == pytest.approx(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)))
+
+
+def test_more_than_two_classes_are_told_apart() -> None:
+    y = np.tile(np.arange(3), 40)
+    design = Design(
+        label="x", classes=("a", "b", "c"), group=None, rows=np.arange(120), y=y, groups=np.arange(120)
+    )
+    x = np.random.default_rng(0).normal(size=(120, 5))
+    x[np.arange(120), y] += 3
+    scores = score(x, design)
+    assert scores["label"].decisions is not None and scores["label"].decisions.shape == (2, 120, 3)
+    assert auroc(scores["label"]) > 0.95 and abs(auroc(scores["control"]) - 0.5) < 0.15
+    assert scores["majority"].replicates["accuracy"][0] == pytest.approx(1 / 3)
+
+
+class Unfinished:
+    """A solver that says that it did not get there."""
+
+    def solve(self, x: FloatArray, jobs: Sequence[Job]) -> Iterator[list[Solution]]:
+        for solutions in SOLVERS["auto"].solve(x, jobs):
+            yield [replace(solution, residual=0.5) for solution in solutions]
+
+
+def test_probes_that_did_not_converge_are_counted() -> None:
+    x, design = paired()
+    label = evaluate(x, design.groups, make_tasks(design, QUICK), Unfinished(), QUICK)[0]
+    assert label.n_unconverged == label.n_fits == 10 * (3 * 2 + 1)
+    assert label.worst_residual == 0.5
+    assert score(x, design)["label"].n_unconverged == 0
+
+
+def test_intervals_cover_chance_in_noise_as_often_as_they_say() -> None:
+    covered, naive = [], []
+    settings = replace(QUICK, penalties=(0.01,), resamples=200)
+    for seed in range(80):
+        x, design = paired(n_images=40, seed=seed)
+        tasks = make_tasks(design, settings)[:1]
+        replicates = evaluate(x, design.groups, tasks, SOLVERS["auto"], settings)[0].replicates["auroc"]
+        interval = make_intervals(replicates[None], folds=5, confidence=0.95, bounds=(0, 1))[0]
+        assert interval.low is not None and interval.high is not None
+        covered.append(interval.low <= 0.5 <= interval.high)
+        low, high = np.quantile(replicates[1:], [0.025, 0.975])
+        naive.append(low <= 0.5 <= high)
+    assert np.mean(covered) >= 0.9
+    assert np.mean(naive) < 0.9  # what the stretch is for
