@@ -17,7 +17,7 @@ from mmextract.cli.reporting import note, printable, progress_bar
 if TYPE_CHECKING:
     from mmextract.probes.summary import Summary
 
-_FIXED_BY_PAPER = ("folds", "repeats", "seed", "c", "solver")
+_FIXED_BY_PAPER = ("group", "folds", "repeats", "seed", "c", "solver")
 _MOST_COLUMNS = 8
 
 

@@ -2,11 +2,12 @@
 
 Groups are drawn with replacement, once a replicate, and every held-out prediction counts as often as its
 group was drawn: in all folds, repeats, layers, positions and tasks alike, so that differences and maxima can
-be formed replicate by replicate. Models are not refitted. Taken as they are, such replicates cover far less
-than they claim (78 to 87 % for 95 %, in simulated noise with grouped structure), because the folds' training
-sets overlap and every pair of samples is seen from both sides. So each replicate's distance from the estimate
-is stretched by Nadeau and Bengio's factor (2003, Machine Learning 52:239), the square root of 1 + K/(K−1) for
-K folds, which brought coverage to 92 to 96 %.
+be formed replicate by replicate. Models are not refitted. Taken as they are, such replicates claim too much,
+because training sets overlap and each pair of groups is seen from both sides: in simulated noise of ten
+shapes, 95 % intervals of a grouped 5-fold AUROC covered 81 to 93 %. So each replicate's distance from the
+estimate is stretched by the square root of 1 + K/(K−1) for K folds, the correction of Nadeau and Bengio
+(2003, Machine Learning 52:239). Coverage was then 94 to 100 %: never too narrow, and too wide where what a
+group's samples share hides most of the difference between classes.
 
 Covered: which groups happened to be sampled, and, through the factor, that other training sets would have
 given other probes. Not covered: the one shuffle behind a control, other models, other identities than those
@@ -87,5 +88,5 @@ def _quantile_of_largest(distances: FloatArray, errors: FloatArray, confidence: 
     vary = errors[:, 0] > 0
     if not vary.any():
         return 0.0
-    largest = np.nanmax(np.abs(distances[vary]) / errors[vary], axis=0)
+    largest = np.fmax.reduce(np.abs(distances[vary]) / errors[vary], axis=0)
     return float(np.nanquantile(largest, confidence))

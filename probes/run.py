@@ -24,7 +24,7 @@ from mmextract.probes.design import Design, make_design
 from mmextract.probes.evaluation import TaskScores, evaluate
 from mmextract.probes.metrics import FloatArray
 from mmextract.probes.paper import LARGEST_CLASS, evaluate_paper, make_paper_task
-from mmextract.probes.settings import ProbeSettings
+from mmextract.probes.settings import UNGROUPED, ProbeSettings
 from mmextract.probes.solvers import SOLVERS
 from mmextract.probes.tasks import Task, make_tasks
 
@@ -82,7 +82,7 @@ def plan_probe(path: Path, settings: ProbeSettings) -> ProbePlan:
         columns,
         store.committed,
         label=settings.label,
-        group=settings.group,
+        group=UNGROUPED if paper else settings.group,
         where=settings.where,
         largest_class=LARGEST_CLASS if paper else None,
         positive_last=not paper,

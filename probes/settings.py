@@ -31,7 +31,7 @@ class ProbeSettings:
     where: str | None = None
     """Keeps the samples for which this holds, such as `condition == 'seen'` (see `where`)."""
     preset: str = "default"
-    """`default`, or `paper`, which ignores what follows but `allow_incomplete`."""
+    """`default`, or `paper`, which ignores `group` and what follows but `allow_incomplete`."""
     folds: int = 5
     """K of the outer cross-validation, at least 2."""
     repeats: int = 2

@@ -75,11 +75,11 @@ def check_folds(design: Design, folds: int) -> None:
 
 
 def make_task(name: str, y: IntArray, groups: IntArray, settings: ProbeSettings) -> Task:
-    """Split the samples `repeats` times into stratified folds, and each training set again."""
+    """Split the samples `repeats` times into stratified folds, and each training set again if C is to be chosen."""
     seeds = [settings.seed + repeat for repeat in range(settings.repeats)]
     folds = np.stack([split(y, groups, settings.folds, seed, least_groups=2) for seed in seeds])
     inner = np.full((settings.repeats, settings.folds, len(y)), -1, np.int16)
-    for repeat, seed in enumerate(seeds):
+    for repeat, seed in enumerate(seeds if len(settings.penalties) > 1 else ()):
         for fold in range(settings.folds):
             train = np.flatnonzero(folds[repeat] != fold)
             n_inner = min(settings.inner_folds, _fewest_groups(y[train], groups[train]))

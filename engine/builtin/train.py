@@ -1,8 +1,8 @@
 """Make everything in this folder again: `python -m mmextract.engine.builtin.train` (needs the package `easy-vqa`).
 
 Trains the base (vision tower, then questions), fine-tunes it with and without watermarks, writes the paired data
-set, measures the files as written and puts the figures into MODEL_CARD.md. One to two hours on two cores; an interrupted run is taken
-up where its last stage ended.
+set, measures the files as written and puts the figures into MODEL_CARD.md. One to two hours on two cores; an
+interrupted run is taken up where its last stage ended.
 """
 
 from __future__ import annotations

@@ -72,16 +72,16 @@ def paired_columns(n_images: int, n_pairs: int, *, seed: int = 0) -> Columns:
 
 
 def paired_states(
-    columns: Columns, hidden_size: int, *, signal: float = 0.0, seed: int = 0
+    columns: Columns, hidden_size: int, *, signal: float = 0.0, identity: float = 0.3, seed: int = 0
 ) -> NDArray[np.float32]:
     """Return [n, D]: what an image and an identity share, some noise, and the signal, along the first
     feature."""
     rng = np.random.default_rng(seed)
     seen = np.array([name == "seen" for name in columns["identity_set"]])
-    identity = 2 * np.array(columns["pair"]) + seen
+    person = 2 * np.array(columns["pair"]) + seen
     image = np.array([int(name) for name in columns["source_sample"]])
     states = rng.normal(size=(image.max() + 1, hidden_size))[image]
-    states += 0.3 * rng.normal(size=(identity.max() + 1, hidden_size))[identity]
+    states += identity * rng.normal(size=(person.max() + 1, hidden_size))[person]
     states += 0.3 * rng.normal(size=states.shape)
     states[:, 0] += np.where(seen, signal, -signal)
     return states.astype(np.float32)

@@ -92,6 +92,6 @@ def test_a_class_in_too_few_groups_is_named() -> None:
 
 
 def test_a_split_that_leaves_a_class_out_of_training_is_refused() -> None:
-    y, groups = np.array([0] * 10 + [1]), np.array([*range(10), 10])
+    y, groups = np.array([0] * 10 + [1, 1]), np.array([*range(10), 10, 10])
     with pytest.raises(ValueError, match="no split of 11 groups into 2 folds"):
         split(y, groups, 2, 0)

@@ -63,5 +63,5 @@ def test_comparing_a_text_with_a_number_is_an_error_and_not_false(expression: st
 
 
 def test_only_a_truth_value_can_stand_alone() -> None:
-    with pytest.raises(ValueError, match="n_tokens.*int64"):
+    with pytest.raises(ValueError, match=r"n_tokens.*int64"):
         select("n_tokens", COLUMNS, 4)

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Ran
+from tests.probes.stores import make_paired_store
+
+Run = Callable[..., Ran]
+QUICK = ("--c", 0.1, "--repeats", 1)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "activations.zarr"
+    return make_paired_store(path, signals=[[0, 0], [0, 1.0]])
+
+
+def test_with_no_arguments_it_reads_activations_zarr_and_writes_probe(
+    run: Run, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "activations.zarr").symlink_to(store)
+    monkeypatch.chdir(tmp_path)
+    ran = run("probe")
+    assert ran.code == 0, ran.err
+    assert ran.out.startswith("The hidden states tell seen from unseen") and "probe/report.html" in ran.out
+    assert json.loads(Path("probe/probe.json").read_text())["command"] == "mmextract probe"
+    assert {path.suffix for path in Path("probe").iterdir()} == {
+        ".json",
+        ".csv",
+        ".parquet",
+        ".png",
+        ".svg",
+        ".html",
+    }
+
+
+def test_json_on_stdout_is_all_that_is_printed_there(run: Run, store: Path, tmp_path: Path) -> None:
+    ran = run("probe", store, *QUICK, "--layers", "-1", "--position", "image", "--json", "-o", tmp_path)
+    assert ran.code == 0
+    printed = json.loads(ran.out)
+    assert [(row["layer"], row["position"]) for row in printed["rows"]] == [(0, "image")]
+    assert printed["best"]["metric"] == "auroc" and printed["design"]["group"] == "pair"
+    assert all(Path(path).is_file() for path in printed["files"])
+
+
+def test_the_published_protocol_is_a_preset_and_leaves_no_choice(
+    run: Run, store: Path, tmp_path: Path
+) -> None:
+    ran = run("probe", store, "--preset", "paper", "-o", tmp_path, "--json")
+    assert ran.code == 0 and {row["metric"] for row in json.loads(ran.out)["rows"]} == {"accuracy"}
+    ran = run("probe", store, "--preset", "paper", "--folds", 3, "-o", tmp_path)
+    assert ran.code == 2 and "--folds" in ran.err
+
+
+def test_a_grouping_that_separates_pairs_is_warned_of_on_stderr(
+    run: Run, store: Path, tmp_path: Path
+) -> None:
+    ran = run("probe", store, *QUICK, "--layers", "embed", "--group", "none", "-o", tmp_path)
+    assert ran.code == 0
+    assert "WARNING: without groups, 30 identity pairs fall into training and test at once" in ran.err
+    assert "WARNING" not in ran.out
+
+
+def test_decisions_taken_for_the_user_are_said_on_stderr(run: Run, store: Path, tmp_path: Path) -> None:
+    ran = run(
+        "probe",
+        store,
+        *QUICK,
+        "--layers",
+        0,
+        "--label",
+        "answer",
+        "--where",
+        "condition == 'seen'",
+        "-o",
+        tmp_path,
+    )
+    assert ran.code == 0, ran.err
+    assert json.loads((tmp_path / "probe.json").read_text())["design"]["classes"] == {"no": 30, "yes": 30}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--label", "colour"), "no column 'colour'"),
+        (("--group", "colour"), "no column 'colour'"),
+        (("--label", "sample"), "looks like an identifier"),
+        (("--where", "condition == 'seen'"), "one class only, 'seen'"),
+        (("--where", "import os"), "cannot read the filter"),
+        (("--layers", "9"), "layer 9 is out of range"),
+        (("--position", "prompt"), "it has last, image"),
+        (("--folds", "40"), "40 folds need at least 40 groups (pair), but there are 30"),
+    ],
+)
+def test_what_cannot_be_probed_is_one_message_and_nothing_is_written(
+    run: Run, store: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    ran = run("probe", store, *arguments, "-o", tmp_path / "out")
+    assert ran.code == 1
+    assert message in ran.err and "Traceback" not in ran.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--folds", "1"), ("--c", "0"), ("--preset", "papers"), ("--sovler", "auto")]
+)
+def test_a_wrong_option_is_a_usage_error(run: Run, store: Path, arguments: tuple[str, ...]) -> None:
+    assert run("probe", store, *arguments).code == 2
+
+
+def test_a_store_that_is_not_there_says_how_to_make_one(run: Run, tmp_path: Path) -> None:
+    ran = run("probe", tmp_path / "none.zarr", "-o", tmp_path / "out")
+    assert ran.code == 1 and "mmextract dump" in ran.err

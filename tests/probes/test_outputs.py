@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from mmextract.probes.outputs import FILES, fingerprint, make_record, write_outputs
+from mmextract.probes.summary import COLUMNS, Summary
+
+
+@pytest.fixture(scope="module")
+def folder(summary: Summary, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "probe"
+    write_outputs(summary, make_record(summary, "mmextract probe x"), out)
+    return out
+
+
+def read_json(folder: Path) -> dict[str, Any]:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    record = json.loads((folder / "probe.json").read_text("utf-8"), parse_constant=refuse)
+    assert isinstance(record, dict)
+    return record
+
+
+def test_all_files_are_written_and_no_others(folder: Path) -> None:
+    assert {path.name for path in folder.iterdir()} == set(FILES)
+
+
+def test_json_csv_and_parquet_say_the_same(folder: Path, summary: Summary) -> None:
+    parquet = pq.read_table(folder / "probe.parquet").to_pylist()
+    csv = pyarrow.csv.read_csv(folder / "probe.csv").to_pylist()
+    rows = read_json(folder)["rows"]
+    assert len(rows) == len(summary.rows)
+    for a, b, c in zip(rows, parquet, csv, strict=True):
+        assert a == b
+        assert (a["layer"], a["task"], a["metric"], a["value"]) == (
+            c["layer"],
+            c["task"],
+            c["metric"],
+            c["value"],
+        )
+
+
+def test_every_column_is_described_in_the_files(folder: Path) -> None:
+    schema = pq.read_schema(folder / "probe.parquet")
+    assert (
+        {f.name: f.metadata[b"about"].decode() for f in schema}
+        == dict(COLUMNS)
+        == read_json(folder)["columns"]
+    )
+
+
+def test_the_record_has_what_is_needed_to_repeat_the_run(folder: Path, summary: Summary) -> None:
+    record = read_json(folder)
+    assert record["command"] == "mmextract probe x"
+    assert record["store"]["fingerprint"] == fingerprint(summary.plan.attributes)
+    assert record["store"]["attributes"]["run"]["model"]["name"] == "tiny"
+    assert record["settings"]["penalties"] == [0.01, 1.0]
+    assert (
+        record["design"]["classes"] == {"unseen": 60, "seen": 60} and record["design"]["positive"] == "seen"
+    )
+    assert record["versions"]["scikit-learn"] and record["fits"] == {
+        "n": summary.n_fits,
+        "n_unconverged": 0,
+        "worst_residual": pytest.approx(0, abs=1e-6),
+    }
+
+
+def test_held_out_scores_give_the_reported_accuracy_again(folder: Path, summary: Summary) -> None:
+    scores = pq.read_table(folder / "scores.parquet").to_pandas()
+    assert set(scores["task"]) == {"label", "control"}
+    here = scores[(scores.layer == 1) & (scores.position == "image") & (scores.task == "label")]
+    assert len(here) == 2 * 120 and here.groupby("repeat")["sample"].nunique().tolist() == [120, 120]
+    right = (here["score"] > 0) == (here["class"] == "seen")
+    by_fold = right.groupby([here["repeat"], here["fold"]]).mean()
+    assert np.mean(by_fold) == pytest.approx(summary.row("label", "accuracy", (1, "image")).value)
+    pairs = here.groupby(["repeat", "group"])["fold"].nunique()
+    assert (pairs == 1).all()
+
+
+def test_scores_of_the_published_protocol_are_those_of_its_test_set(
+    paper_summary: Summary, tmp_path: Path
+) -> None:
+    write_outputs(paper_summary, make_record(paper_summary, "x"), tmp_path)
+    scores = pq.read_table(tmp_path / "scores.parquet").to_pandas()
+    assert len(scores) == 6 * 24 and np.isfinite(scores["score"]).all()
+    assert read_json(tmp_path)["design"]["control"] is None
+
+
+def test_a_second_run_replaces_the_first(folder: Path, summary: Summary, tmp_path: Path) -> None:
+    for name in FILES:
+        (tmp_path / name).write_text("old")
+    write_outputs(summary, make_record(summary, "mmextract probe x"), tmp_path)
+    for name in ("probe.csv", "probe.parquet", "scores.parquet", "curves.svg", "curves.png"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(summary: Summary, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        write_outputs(summary, make_record(summary, "x"), tmp_path / "file" / "probe")
