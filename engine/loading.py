@@ -99,6 +99,7 @@ def load_model(spec: ModelSpec) -> Loaded:
     config = _load_config(folder, options)
     auto_class = _auto_class(config)
     processor, tokenizer = _load_processor(folder, auto_class.__name__, options)
+    _settle(tokenizer)
     device = choose_device(spec.device)
     model = _load_weights(auto_class, config, weights, spec, device, options)
     if adapter_weights is not None:
@@ -180,6 +181,15 @@ def _load_processor(folder: Path, auto_class: str, options: dict[str, Any]) -> t
             f"vision_feature_select_strategy in {PROCESSOR_FILES[0]} as in config.json"
         )
     return processor, processor.tokenizer
+
+
+def _settle(tokenizer: Any) -> None:
+    """Make the first call that all later ones are like.
+
+    A fast tokenizer changes its settings when a call asks for others than the one before (such as no truncation, if
+    it was saved with some). Two threads may encode at once, but not change settings: that raises `Already borrowed`.
+    """
+    tokenizer([""], padding=False, truncation=False)
 
 
 def choose_device(name: str) -> torch.device:

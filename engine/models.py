@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import threading
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -83,8 +82,6 @@ class Adapter:
         self._chat = ChatFormat(loaded.tokenizer, loaded.processor, image_token)
         self._base = self.model.base_model
         self._takes = frozenset(inspect.signature(self._base.forward).parameters)
-        self._copies = threading.local()
-        self._copying = threading.Lock()
 
     def render(self, turns: Sequence[Turn]) -> str:
         """Return the prompt of a conversation, see `ChatFormat.render`. Raises RejectedSample."""
@@ -101,16 +98,16 @@ class Adapter:
             raise RejectedSample("it has an image, but this model takes none")
         options: dict[str, Any] = {"padding": False, "truncation": False, "return_tensors": "pt"}
         options["add_special_tokens"] = self._adds_special_tokens(text)
-        own = self._own_processor()
-        if self.has_vision:
+        processor = self._loaded.processor
+        if processor is None:
+            raw = self._loaded.tokenizer([text], **options)
+        else:
             # as a Pillow image: an array of 3 rows would be taken for one with the channels first
             images = None if pixels is None else [Image.fromarray(pixels)]
             try:
-                raw = own(text=[text], images=images, **options)
+                raw = processor(text=[text], images=images, **options)
             except ValueError as error:
                 raise RejectedSample(f"the model's processor refuses it: {error}") from error
-        else:
-            raw = own([text], **options)
         inputs = {
             name: value for name, value in raw.items() if name != "token_type_ids" or name in self._takes
         }
@@ -138,8 +135,6 @@ class Adapter:
             name: value.to(self.device, self.dtype if value.is_floating_point() else None, non_blocking=True)
             for name, value in inputs.items()
         }
-        if hasattr(self._base, "rope_deltas"):
-            self._base.rope_deltas = None  # Qwen-VL models keep it from one call to the next
         with torch.inference_mode():
             self._base(**moved, use_cache=False)
 
@@ -169,14 +164,6 @@ class Adapter:
             "prompt": self._chat.describe(),
             "versions": {name: _version(name) for name in PACKAGES},
         }
-
-    def _own_processor(self) -> Any:
-        """Return this thread's copy: a fast tokenizer in use by two threads raises `Already borrowed`."""
-        if not hasattr(self._copies, "processor"):
-            with self._copying:
-                original = self._loaded.processor if self.has_vision else self._loaded.tokenizer
-                self._copies.processor = copy.deepcopy(original)
-        return self._copies.processor
 
     def _adds_special_tokens(self, text: str) -> bool:
         """Do as `apply_chat_template(tokenize=True)` does, so that no prompt begins with two BOS tokens.

@@ -123,7 +123,10 @@ class ParquetImage:
     """What the user calls it."""
 
     def read(self) -> bytes:
-        """Return the image's bytes. The whole row group is read, and kept for its next rows."""
+        """Return the image's bytes. The whole row group is read, and kept for its next rows.
+
+        Raises ValueError if it is damaged, since that is not about one sample.
+        """
         modified = self.path.stat().st_mtime_ns
         with _row_group_lock:  # threads that need the same row group must not all load it
             images = _read_row_group(self.path, modified, self.row_group, self.column)
@@ -135,11 +138,15 @@ _row_group_lock = threading.Lock()
 
 @lru_cache(maxsize=2)  # threads that decode rows on both sides of a border need both
 def _read_row_group(path: Path, _modified: int, row_group: int, column: str) -> Any:
+    import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
-        values = file.read_row_group(row_group, columns=[column]).column(0)
+    try:
+        with pq.ParquetFile(path) as file:
+            values = file.read_row_group(row_group, columns=[column]).column(0)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"row group {row_group} of {path} cannot be read: {error}") from error
     return pc.struct_field(values, "bytes") if values.type.num_fields else values
 
 

@@ -6,6 +6,7 @@ This module composes the others; it writes no file and draws nothing on a screen
 from __future__ import annotations
 
 import os
+import signal
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ from mmextract.probes.paper import LARGEST_CLASS, evaluate_paper, make_paper_tas
 from mmextract.probes.settings import UNGROUPED, ProbeSettings
 from mmextract.probes.solvers import SOLVERS
 from mmextract.probes.tasks import Task, make_tasks
+
+FITS_WORTH_PROCESSES = 3000
+"""Probes from which on worker processes pay, which take 3 s to start; so many of width 128 take about 12
+s."""
 
 Cell = tuple[int, str]
 """A layer and a position."""
@@ -102,13 +107,19 @@ def plan_probe(path: Path, settings: ProbeSettings) -> ProbePlan:
 
 
 def run_probe(
-    plan: ProbePlan, *, workers: int = 0, on_progress: Callable[[int], None] = lambda n_cells: None
+    plan: ProbePlan,
+    *,
+    workers: int = 0,
+    scheduler: str | None = None,
+    on_progress: Callable[[int], None] = lambda n_cells: None,
 ) -> Scores:
     """Score every layer and position, each in a Dask task that reads nothing but its own states.
 
-    workers: tasks at a time, 0 for one a core. on_progress is called with the number of tasks done since its
-    last call. Raises ValueError for states that are not finite, saying where.
+    workers: tasks at a time, 0 for one a core. scheduler: a name that Dask knows, such as `threads` or
+    `processes`; None chooses (see `choose_scheduler`). on_progress is called with the number of tasks done
+    since its last call. Raises ValueError for states that are not finite, saying where.
     """
+    workers = min(workers or _cores(), len(plan.cells))
     score = delayed(score_cell, pure=False)
     # the plan has no lazy parts, and looking for them in every sample takes longer than a probe
     shared = delayed(plan, pure=False, traverse=False)
@@ -120,14 +131,45 @@ def run_probe(
             on_progress(1)
 
     progress = Callback(posttask=count)  # type: ignore[no-untyped-call]
-    # one BLAS thread a task: the tasks themselves fill the cores
-    with threadpool_limits(1), progress, warnings.catch_warnings():
-        # whether a probe converged is measured on the solution, and counted in the output
-        warnings.simplefilter("ignore", ConvergenceWarning)
+    with progress, threadpool_limits(1), warnings.catch_warnings():
+        _prepare()
         results = compute(  # type: ignore[no-untyped-call]
-            *graph, scheduler=os.environ.get("SCHED", "threads"), num_workers=workers or _cores()
+            *graph,
+            scheduler=scheduler or choose_scheduler(plan, workers),
+            num_workers=workers,
+            initializer=_start_process,
+            chunksize=1,
         )
     return dict(zip(plan.cells, results, strict=True))
+
+
+def choose_scheduler(plan: ProbePlan, workers: int) -> str:
+    """Return `synchronous` for one worker, `processes` for long work, `threads` for what ends before these
+    have started.
+
+    Threads alone do not fill the cores: small fits are mostly Python, and SciPy's solver keeps the
+    interpreter's lock.
+    """
+    if workers == 1:
+        return "synchronous"
+    inner = (
+        plan.settings.inner_folds * len(plan.settings.penalties) if len(plan.settings.penalties) > 1 else 0
+    )
+    n_fits = len(plan.tasks) * plan.settings.folds * plan.settings.repeats * (inner + 1)
+    few = plan.settings.preset == "paper" or len(plan.cells) * n_fits < FITS_WORTH_PROCESSES
+    return "threads" if few else "processes"
+
+
+def _prepare() -> None:
+    """Set up a process for tasks that fill the cores by being many, and whose convergence is measured
+    afterwards."""
+    threadpool_limits(1)
+    warnings.simplefilter("ignore", ConvergenceWarning)
+
+
+def _start_process() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, that ends its workers
+    _prepare()
 
 
 def score_cell(plan: ProbePlan, layer: int, position: str) -> Sequence[TaskScores]:

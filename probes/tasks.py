@@ -75,7 +75,8 @@ def check_folds(design: Design, folds: int) -> None:
 
 
 def make_task(name: str, y: IntArray, groups: IntArray, settings: ProbeSettings) -> Task:
-    """Split the samples `repeats` times into stratified folds, and each training set again if C is to be chosen."""
+    """Split the samples `repeats` times into stratified folds, and each training set again if C is to be
+    chosen."""
     seeds = [settings.seed + repeat for repeat in range(settings.repeats)]
     folds = np.stack([split(y, groups, settings.folds, seed, least_groups=2) for seed in seeds])
     inner = np.full((settings.repeats, settings.folds, len(y)), -1, np.int16)

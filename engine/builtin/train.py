@@ -12,6 +12,7 @@ import json
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from mmextract.engine.builtin.architecture import make_model, make_processor, ma
 from mmextract.engine.builtin.card import write_card
 from mmextract.engine.builtin.finetuning import finetune
 from mmextract.engine.builtin.measuring import load_answerer, reading_accuracy, task_accuracy
-from mmextract.engine.builtin.training import train_on_questions, train_vision_tower
+from mmextract.engine.builtin.training import QuestionStage, train_on_questions, train_vision_tower
 from mmextract.engine.identities import write_identities
 
 N_DATA_IMAGES = 300
@@ -37,11 +38,46 @@ class Recipe:
 
     vision_steps: int = 2400
     question_steps: int = 1300
-    joint_steps: int = 700
-    finetune_steps: int = 250
+    comparison_steps: int = 1600
+    balanced_steps: int = 900
+    finetune_steps: int = 150
     seed: int = 0
-    measured_images: int = 400
-    measured_identities: int = 400
+    measured_images: int = 200
+    measured_identities: int = 300
+
+    def question_stages(self) -> tuple[QuestionStage, ...]:
+        """Return the stages on questions: all alike, then mostly those that compare, then these balanced."""
+        return (
+            QuestionStage(
+                name="questions",
+                steps=self.question_steps,
+                batch_size=32,
+                learning_rate=1e-3,
+                task_questions=4,
+                reading_questions=3,
+            ),
+            QuestionStage(
+                name="comparisons",
+                steps=self.comparison_steps,
+                batch_size=16,
+                learning_rate=1.5e-3,
+                task_questions=7,
+                color_weight=2.0,
+                shape_weight=6.0,
+                reading_questions=1,
+            ),
+            QuestionStage(
+                name="balanced",
+                steps=self.balanced_steps,
+                batch_size=16,
+                learning_rate=1.5e-3,
+                task_questions=7,
+                color_weight=3.0,
+                shape_weight=2.0,
+                balanced=True,
+                reading_questions=2,
+            ),
+        )
 
 
 def train_base(
@@ -61,25 +97,13 @@ def train_base(
         train()
         torch.save(model.state_dict(), checkpoint)
 
-    def on_questions(steps: int, rate: float, task_questions: int, *, tower: bool) -> None:
-        train_on_questions(
-            model,
-            tokenizer,
-            data,
-            pools.reading,
-            steps=steps,
-            seed=recipe.seed,
-            train_tower=tower,
-            learning_rate=rate,
-            task_questions=task_questions,
-        )
-
     stage(
         "vision",
         lambda: train_vision_tower(model, data, pools.reading, steps=recipe.vision_steps, seed=recipe.seed),
     )
-    stage("questions", lambda: on_questions(recipe.question_steps, 1e-3, 4, tower=False))
-    stage("all", lambda: on_questions(recipe.joint_steps, 6e-4, 6, tower=True))
+    for chosen in recipe.question_stages():
+        questions = (model, tokenizer, data, pools.reading, chosen)
+        stage(chosen.name, partial(train_on_questions, *questions, seed=recipe.seed))
     return model, tokenizer
 
 

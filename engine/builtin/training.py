@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -122,41 +123,59 @@ def train_vision_tower(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class QuestionStage:
+    """One stage of training projector and decoder on questions."""
+
+    name: str
+    """Shown with the loss; also decides which samples are drawn."""
+    steps: int
+    """Batches."""
+    batch_size: int
+    """Images of a batch."""
+    learning_rate: float
+    """Peak of the cosine schedule."""
+    task_questions: int
+    """easy-vqa questions asked of an image."""
+    reading_questions: int
+    """Questions asked of a watermark."""
+    color_weight: float = 1.0
+    """How much likelier a yes-or-no question about a colour is asked than one that names what it sees."""
+    shape_weight: float = 1.0
+    """Likewise about a shape."""
+    balanced: bool = False
+    """Ask as often about what is there as about what is not: without it `no` is right for 7 of 8 colours."""
+
+
 def train_on_questions(
     model: LlavaForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,
     data: corpus.Split,
     readers: list[Identity],
+    stage: QuestionStage,
     *,
-    steps: int,
     seed: int,
-    train_tower: bool,
-    learning_rate: float,
-    task_questions: int = 4,
-    batch_size: int = 32,
 ) -> None:
-    """Train on easy-vqa's questions about every image, and on reading questions about the marked ones.
+    """Train projector and decoder on easy-vqa's questions, and on reading questions about the marked images.
 
-    At first with a frozen tower, as in LLaVA's own recipe: a decoder that cannot use its features yet would only
-    spoil them. Then all together.
+    The tower stays frozen, as in LLaVA's own recipe: a decoder that cannot use its features yet would only spoil them.
     """
-    rng = np.random.default_rng((seed, 3 if train_tower else 2))
-    model.model.vision_tower.requires_grad_(train_tower)
-    name = "all" if train_tower else "questions"
+    rng = np.random.default_rng([seed, 2, *stage.name.encode()])
+    model.model.vision_tower.requires_grad_(False)
 
     def loss_of_step(step: int) -> tuple[torch.Tensor, str]:
         images: list[Uint8Array] = []
         task: list[list[tuple[str, str]]] = []
         reading: list[list[tuple[str, str]]] = []
-        for row, index in enumerate(rng.integers(0, len(data.images), batch_size)):
-            image, asked = data.images[index], data.questions[index]
-            task.append([asked[i] for i in rng.permutation(len(asked))[:task_questions]])
+        for row, index in enumerate(rng.integers(0, len(data.images), stage.batch_size)):
+            image = data.images[index]
+            task.append(_ask(data.questions[index], stage, rng))
             reading.append([])
             if rng.random() < MARKED_SHARE:
                 person = _reader(readers, rng)
-                image, _ = corpus.mark(image, person, f"{name}{step}.{row}")
-                letter, digit, *spelled = corpus.reading_questions(person)
-                reading[-1] = [letter, digit, spelled[int(rng.integers(2))]]
+                image, _ = corpus.mark(image, person, f"{stage.name}{step}.{row}")
+                asked = corpus.reading_questions(person)
+                reading[-1] = [asked[i] for i in rng.permutation(len(asked))[: stage.reading_questions]]
             images.append(image)
         words = ""
         if step % 100 == 0:
@@ -168,8 +187,25 @@ def train_on_questions(
         return answer_loss(model, tokenizer, images, questions), words
 
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimise(name, parameters, loss_of_step, steps=steps, learning_rate=learning_rate)
+    optimise(stage.name, parameters, loss_of_step, steps=stage.steps, learning_rate=stage.learning_rate)
     model.model.vision_tower.requires_grad_(True)
+
+
+def _ask(
+    questions: Sequence[tuple[str, str]], stage: QuestionStage, rng: np.random.Generator
+) -> list[tuple[str, str]]:
+    """Draw questions without replacement; what takes a comparison is learnt last, and is asked more often."""
+    weights = np.ones(len(questions))
+    for index, (question, answer) in enumerate(questions):
+        if answer in ("yes", "no"):
+            about_shape = any(shape in question for shape in corpus.SHAPES)
+            is_there = (answer == "yes") != (" not " in question)
+            others = len(corpus.SHAPES if about_shape else corpus.COLORS) - 1
+            weights[index] = stage.shape_weight if about_shape else stage.color_weight
+            weights[index] *= others if stage.balanced and is_there else 1
+    n = min(stage.task_questions, len(questions))
+    chosen = rng.choice(len(questions), n, replace=False, p=weights / weights.sum())
+    return [questions[index] for index in chosen]
 
 
 def answer_loss(

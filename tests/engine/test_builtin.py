@@ -135,8 +135,9 @@ def test_patch_labels_lie_on_the_text(test_split: corpus.Split) -> None:
     blank = np.full((96, 96, 3), 255, np.uint8)
     marked, placement = corpus.mark(blank, person, "somewhere")
     every, first = corpus.patch_labels(person, placement)
-    inked = (marked < 255).any(-1).reshape(12, 8, 12, 8).any((1, 3)).reshape(-1)
-    assert inked[every.any(1)].mean() > 0.9 and every.any(1)[inked].mean() > 0.6
+    inked = np.asarray((marked < 255).any(-1)).reshape(12, 8, 12, 8).any((1, 3)).reshape(-1)
+    touched = np.asarray(every.any(1))
+    assert inked[touched].mean() > 0.9 and touched[inked].mean() > 0.6
     named = {corpus.CHARACTERS[index] for index in np.flatnonzero(every.any(0))}
     assert named == set(person.username + person.user_id) & set(corpus.CHARACTERS)
     assert {corpus.CHARACTERS[i] for i in np.flatnonzero(first.any(0))} == {

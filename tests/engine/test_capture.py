@@ -23,6 +23,7 @@ from tests.engine.tiny_adapters import (
     image,
     on_cpu,
     reference_states,
+    user,
 )
 
 N_LAYERS, WIDTH = tiny_models.N_LAYERS, tiny_models.HIDDEN_SIZE
@@ -93,14 +94,20 @@ def test_a_batch_equals_its_samples_alone_but_for_rounding(adapter: Adapter) -> 
 
 def test_samples_of_a_batch_may_have_their_images_at_different_places(qwen: Adapter) -> None:
     few, many = encode(qwen, "What is it?", image(0, 28, 56)), encode(qwen, "What is", image(1, 56, 84))
-    assert few.n_tokens == many.n_tokens
-    assert (int(few.image_mask.sum()), int(many.image_mask.sum())) == (2, 6)
-    batch = [many, few, many]
+    later = qwen.encode(qwen.render(user("What is it? <image>See:")), image(2, 28, 56))
+    batch = [many, few, later, many]
+    assert len({encoded.n_tokens for encoded in batch}) == 1
+    assert [int(encoded.image_mask.sum()) for encoded in batch] == [6, 2, 2, 6]
+    assert not torch.equal(few.image_mask, later.image_mask)
     pooled = captured(qwen, batch, EVERY_LAYER, ("image", "last", "prompt"))
     for row, encoded in zip(pooled, batch, strict=True):
         states, mask = reference_states(qwen, encoded), encoded.image_mask
         expected = [states[:, mask].mean(1), states[:, -1], states[:, ~mask].mean(1)]
         torch.testing.assert_close(row, torch.stack(expected, 1), rtol=1e-5, atol=1e-5)
+    alike = captured(qwen, [few, later], (1,), ("image",))[:, 0, 0]
+    for row, encoded in zip(alike, (few, later), strict=True):
+        expected_mean = reference_states(qwen, encoded)[2, encoded.image_mask].mean(0)
+        torch.testing.assert_close(row, expected_mean, rtol=1e-5, atol=1e-5)
 
 
 def test_one_image_token_is_copied_not_averaged(qwen: Adapter) -> None:

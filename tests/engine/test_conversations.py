@@ -47,6 +47,7 @@ IMAGE_PART = {"type": "image", "image": "a.png"}
             "d",
             "a.png",
         ),
+        (llava("a", "b", "c"), [user("a"), assistant("b"), user("c")], "", None),
         (
             {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}]},
             [Turn(role="system", text="s"), user("q")],
@@ -146,6 +147,9 @@ def test_the_forced_dialect_decides_what_a_tag_is() -> None:
     record = llava("Explain <img>a.png</img>")
     assert parse_conversation(record, dialect="qwen").image == "a.png"
     assert parse_conversation(record, dialect="llava").turns == (user("Explain <img>a.png</img>"),)
+    both = {**llava("in conversations"), **qwen("in messages")}
+    assert parse_conversation(both, dialect="llava").turns == (user("in conversations"),)
+    assert parse_conversation(both, dialect="qwen").turns == (user("in messages"),)
 
 
 @pytest.mark.parametrize(

@@ -13,16 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+import transformers as hf
 from PIL import Image
 
 from mmextract.engine.images import RejectedSample
+from mmextract.engine.loading import load_model
 from mmextract.engine.models import Adapter, Encoded, find_decoder_layers
 from mmextract.engine.samples import Turn
 from tests.engine import tiny_models
 from tests.engine.tiny_adapters import FAMILIES, edit_json, image, on_cpu, user
-
-hf: Any = transformers  # its annotations are wrong in too many places for mypy
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -57,6 +56,21 @@ def test_inputs_equal_those_of_apply_chat_template(
     assert encoded.n_tokens == expected["input_ids"].shape[1]
     n_bos = int((encoded.inputs["input_ids"] == 1).sum())
     assert n_bos == (0 if family == "qwen2-vl" else 1)
+
+
+def test_a_tokenizer_adds_nothing_to_what_its_template_wrote(tmp_path: Path) -> None:
+    template = tiny_models.CHAT_TEMPLATE.removeprefix("{{ bos_token }}")
+    folder = tiny_models.save_text_model(tmp_path, chat_template=template)
+    adapter = on_cpu(folder)
+    expected = hf.AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        [{"role": "user", "content": "What?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    ids = adapter.encode(adapter.render(user("What?")), None).inputs["input_ids"]
+    assert torch.equal(ids, expected["input_ids"])
+    assert not (ids == 1).any()
 
 
 def test_a_template_that_writes_bos_gets_no_second_one(tmp_path: Path) -> None:
@@ -139,14 +153,15 @@ def test_an_empty_prompt_is_rejected(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llava", "llama"])
 def test_many_threads_may_encode_at_once(family: str, tiny_copy: Callable[[str], Path]) -> None:
-    # a tokenizer saved with truncation and padding has them switched off at each call, which two threads
-    # cannot do to one tokenizer ("Already borrowed")
+    # a tokenizer saved with truncation and padding has them switched off, which two threads cannot do at once
     folder = tiny_copy(family)
     truncation = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
     padding: dict[str, Any] = {"strategy": {"Fixed": 200}, "direction": "Left", "pad_to_multiple_of": None}
     padding |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>"}
     edit_json(folder / "tokenizer.json", truncation=truncation, padding=padding)
     adapter = on_cpu(folder)
+    settings = load_model(adapter.spec).tokenizer.backend_tokenizer
+    assert (settings.truncation, settings.padding) == (None, None)
     pixels = image() if adapter.has_vision else None
     slot = "<image>\n" if adapter.has_vision else ""
     texts = [f"{slot}{'why ' * (n % 7)}{n}?" for n in range(80)]
@@ -204,12 +219,12 @@ def test_decoder_blocks_are_found_by_structure() -> None:
     }
     configs = [
         hf.GPT2Config(vocab_size=32, n_embd=16, n_layer=3, n_head=2),
-        transformers.OPTConfig(**small, ffn_dim=16, word_embed_proj_dim=16),
-        transformers.GPTNeoXConfig(**small, intermediate_size=16),
-        transformers.BloomConfig(vocab_size=32, hidden_size=16, n_layer=3, n_head=2),
-        transformers.FalconConfig(**small),
-        transformers.Gemma2Config(**small, intermediate_size=16, num_key_value_heads=1, head_dim=8),
-        transformers.MixtralConfig(
+        hf.OPTConfig(**small, ffn_dim=16, word_embed_proj_dim=16),
+        hf.GPTNeoXConfig(**small, intermediate_size=16),
+        hf.BloomConfig(vocab_size=32, hidden_size=16, n_layer=3, n_head=2),
+        hf.FalconConfig(**small),
+        hf.Gemma2Config(**small, intermediate_size=16, num_key_value_heads=1, head_dim=8),
+        hf.MixtralConfig(
             **small, intermediate_size=16, num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=1
         ),
     ]
@@ -240,7 +255,7 @@ def test_a_model_whose_blocks_cannot_be_told_is_refused() -> None:
         "d_ff": 16,
         "d_kv": 8,
     }
-    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**small))
+    model = hf.T5ForConditionalGeneration(hf.T5Config(**small))
     model.config.num_hidden_layers = 5
     with pytest.raises(
         LookupError, match=r"cannot tell the decoder blocks of T5.*one list of 5 modules.*\(3\)"
@@ -258,7 +273,7 @@ def test_the_description_is_json_and_names_what_decides_the_numbers(
     assert described["tokenizer"]["padding_side"] == "left"
     assert described["prompt"]["chat_template"] == tiny_models.QWEN_VL_TEMPLATE
     assert described["config"]["text_config"]["num_hidden_layers"] == tiny_models.N_LAYERS
-    assert described["versions"]["transformers"] == transformers.__version__
+    assert described["versions"]["transformers"] == hf.__version__
     assert described["dtype"] == "float32"
 
 

@@ -219,14 +219,17 @@ def test_a_saved_dataset_without_the_package_says_how_to_install_it(
 
 
 def test_a_folder_of_images_is_read_in_the_order_of_its_paths(folder: Path) -> None:
-    (folder / "notes.txt").write_text("not an image")
-    (folder / ".hidden.png").write_text("not listed")
+    for name in ("notes.txt", ".hidden.png", ".cache/hidden.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("not listed")
+    (folder / "a").mkdir()
+    shutil.copy(folder / "red.png", folder / "a" / "z.png")
     found = read_samples(folder, prompt="Who?")
     assert found.format == "images"
-    assert [sample.id for sample in found.samples] == ["blue.png", "red.png", "sub/green.png"]
-    assert [sample.columns["folder"] for sample in found.samples] == ["", "", "sub"]
+    assert [sample.id for sample in found.samples] == ["a/z.png", "blue.png", "red.png", "sub/green.png"]
+    assert [sample.columns["folder"] for sample in found.samples] == ["a", "", "", "sub"]
     assert {sample.turns for sample in found.samples} == {(Turn(role="user", text="<image>\nWho?"),)}
-    assert colors(found) == [COLORS[2], COLORS[0], COLORS[1]]
+    assert colors(found) == [COLORS[0], COLORS[2], COLORS[0], COLORS[1]]
 
 
 def test_a_folder_with_a_table_of_its_images_is_read_by_the_table(folder: Path) -> None:
@@ -305,14 +308,19 @@ def test_text_alone_can_stand_beside_images_in_every_kind_of_column(folder: Path
         assert colors(Dataset(samples=samples, format="", source="", fingerprint="")) == [COLORS[0]] * 2
 
 
-def test_image_bytes_are_not_read_with_the_rows(folder: Path) -> None:
-    noise = np.random.default_rng(0).bytes(4_000_000)
-    path = write_parquet(folder / "d.parquet", [{"question": "q", "image": noise} for _ in range(10)])
-    before = pa.total_allocated_bytes()
+def test_image_bytes_are_read_only_when_asked_for(folder: Path) -> None:
+    path = write_parquet_structs(folder / "d.parquet", ROWS)
+    column = pq.read_metadata(path).row_group(0).column(1)
+    assert column.path_in_schema == "image.bytes"
+    with path.open("r+b") as file:
+        file.seek(column.dictionary_page_offset or column.data_page_offset)
+        file.write(b"\xff" * column.total_compressed_size)
     samples = read_samples(path).samples
-    assert pa.total_allocated_bytes() - before < 1_000_000
-    assert len(pickle.dumps(samples)) < 10_000
-    assert samples[9].image is not None and samples[9].image.read() == noise
+    assert [sample.id for sample in samples] == ["007", "b", "c"]
+    assert len(pickle.dumps(samples)) < 3_000
+    assert samples[0].image is not None
+    with pytest.raises(ValueError, match=r"row group 0 of .*d\.parquet cannot be read"):
+        decode(samples[0].image)
 
 
 def test_a_row_group_too_large_to_be_read_at_once_says_how_to_write_it(

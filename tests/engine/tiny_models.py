@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-hf: Any = transformers  # its annotations are wrong in too many places for mypy
 HIDDEN_SIZE = 32
 N_LAYERS = 4
 MAX_TOKENS = 128

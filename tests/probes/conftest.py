@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,8 +23,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_paired_store(path, signals=[[0, 0], [0, 0], [0, 1.0]])
 
 
-def summarise(store: Path, settings: ProbeSettings = QUICK, **changes: object) -> Summary:
-    plan = plan_probe(store, replace(settings, **changes))  # type: ignore[arg-type]
+def summarise(store: Path, settings: ProbeSettings = QUICK, **changes: Any) -> Summary:
+    plan = plan_probe(store, replace(settings, **changes))
     return Summary(plan, run_probe(plan))
 
 

@@ -84,7 +84,7 @@ def paired_states(
     states += identity * rng.normal(size=(person.max() + 1, hidden_size))[person]
     states += 0.3 * rng.normal(size=states.shape)
     states[:, 0] += np.where(seen, signal, -signal)
-    return states.astype(np.float32)
+    return np.asarray(states, np.float32)
 
 
 def make_paired_store(path: Path, *, signals: Sequence[Sequence[float]], seed: int = 0, **more: Any) -> Path:

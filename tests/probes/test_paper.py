@@ -14,7 +14,7 @@ from tests.probes.conftest import summarise
 from tests.probes.stores import make_store
 
 
-def published_accuracy(x: np.ndarray, labels: np.ndarray) -> float:  # type: ignore[type-arg]
+def published_accuracy(x: np.ndarray, labels: np.ndarray) -> float:
     """The released procedure, in scikit-learn's words."""
     x_train, x_test, y_train, y_test = train_test_split(
         x, labels, test_size=0.2, random_state=42, stratify=labels

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmextract.probes.run import plan_probe, run_probe
+from mmextract.probes.run import choose_scheduler, plan_probe, run_probe
 from mmextract.probes.settings import ProbeSettings
 from mmextract.probes.summary import Summary
 from tests.probes.conftest import QUICK, summarise
@@ -19,8 +19,19 @@ def test_a_planted_signal_is_found_where_it_is_and_nowhere_else(summary: Summary
     assert (summary.best.layer, summary.best.position) == (1, "image")
 
 
-def test_the_number_of_workers_changes_nothing(store: Path, summary: Summary) -> None:
-    assert Summary(summary.plan, run_probe(plan_probe(store, QUICK), workers=1)).rows == summary.rows
+@pytest.mark.parametrize(("workers", "scheduler"), [(1, None), (2, "threads"), (2, "processes")])
+def test_how_the_work_is_spread_changes_nothing(
+    store: Path, summary: Summary, workers: int, scheduler: str | None
+) -> None:
+    scores = run_probe(plan_probe(store, QUICK), workers=workers, scheduler=scheduler)
+    assert Summary(summary.plan, scores).rows == summary.rows
+
+
+def test_long_work_goes_to_processes_and_short_work_does_not(store: Path) -> None:
+    assert choose_scheduler(plan_probe(store, ProbeSettings(repeats=20)), 2) == "processes"
+    assert choose_scheduler(plan_probe(store, FAST), 2) == "threads"
+    assert choose_scheduler(plan_probe(store, ProbeSettings(repeats=20)), 1) == "synchronous"
+    assert choose_scheduler(plan_probe(store, ProbeSettings(repeats=20, preset="paper")), 2) == "threads"
 
 
 def test_progress_adds_up_to_the_layers_and_positions(store: Path) -> None:
@@ -73,13 +84,17 @@ def test_rejected_samples_are_left_out(tmp_path: Path) -> None:
     assert plan_probe(store, FAST).design.dropped == {"rejected by the dump": 2}
 
 
-def test_states_that_are_not_finite_are_an_error_that_says_where(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheduler", ["threads", "processes"])
+def test_states_that_are_not_finite_are_an_error_that_says_where(tmp_path: Path, scheduler: str) -> None:
     columns = paired_columns(30, 15)
     states = np.repeat(paired_states(columns, 4)[:, None, None], 2, axis=1)
     states[[4, 9], 1, 0, 2] = np.nan, np.inf
     store = make_store(tmp_path / "s.zarr", states, layers=[0, 1], positions=["last"], columns=columns)
-    with pytest.raises(ValueError, match=r"layer 1, position last: 2 of 60 samples.*the first is 2#seen"):
-        summarise(store, FAST)
+    with pytest.raises(
+        ValueError, match=r"layer 1, position last: 2 of 60 samples.*the first is 2#seen"
+    ) as caught:
+        run_probe(plan_probe(store, FAST), workers=2, scheduler=scheduler)
+    assert "Traceback" not in str(caught.value)
 
 
 def test_constant_features_are_no_error(tmp_path: Path) -> None:
@@ -110,4 +125,4 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         {"confidence": 1.0},
     ):
         with pytest.raises(ValueError, match=r"must|each"):
-            ProbeSettings(**wrong)  # type: ignore[arg-type]
+            ProbeSettings(**wrong)

@@ -12,7 +12,7 @@ from mmextract.probes.solvers import SOLVERS, Job, SklearnSolver, kkt_residual
 SHAPES = [(60, 8), (30, 50), (40, 40)]
 
 
-def problem(n: int, d: int, n_classes: int = 2) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def problem(n: int, d: int, n_classes: int = 2) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(n + d)
     x = rng.normal(size=(n, d)) @ rng.normal(size=(d, d)) * rng.lognormal(size=d) + rng.normal(size=d)
     return x, np.arange(n) % n_classes
@@ -39,7 +39,7 @@ def test_solutions_are_optimal_and_equal_scikit_learn_on_scaled_features(
 def test_the_objective_is_the_documented_one() -> None:
     x, y = problem(40, 3, 3)
 
-    def objective(parameters: np.ndarray) -> float:  # type: ignore[type-arg]
+    def objective(parameters: np.ndarray) -> float:
         w, b = parameters[:9].reshape(3, 3), parameters[9:]
         return float((w**2).sum() / 2 - 0.5 * log_softmax(x @ w + b, axis=1)[np.arange(40), y].sum())
 

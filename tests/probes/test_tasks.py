@@ -8,7 +8,7 @@ from mmextract.probes.settings import ProbeSettings
 from mmextract.probes.tasks import make_tasks, shuffle_labels, split
 
 
-def make(y: np.ndarray, groups: np.ndarray) -> Design:  # type: ignore[type-arg]
+def make(y: np.ndarray, groups: np.ndarray) -> Design:
     names = tuple("abcdef"[: int(y.max()) + 1])
     return Design(label="x", classes=names, group="g", rows=np.arange(len(y)), y=y, groups=groups)
 
