@@ -1,4 +1,6 @@
-"""Every image and pooling operation of the engine in plain NumPy: the definition that fast paths must equal.
+"""Every image operation of the engine in plain NumPy: the definition that fast paths must equal.
+
+So far one: a watermark's compositing.
 
 It knows nothing about models, files, plans or devices.
 """

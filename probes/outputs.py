@@ -25,7 +25,8 @@ import pyarrow.parquet
 
 from mmextract.probes.figures import Look, draw, save
 from mmextract.probes.report import render
-from mmextract.probes.summary import COLUMNS, Row, Summary
+from mmextract.probes.rows import COLUMNS, Row
+from mmextract.probes.summary import Summary
 from mmextract.probes.tasks import SHUFFLES
 
 FORMAT = 1

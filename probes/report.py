@@ -20,8 +20,9 @@ from markupsafe import Markup
 from mmextract.probes.design import STRUCTURES, Design
 from mmextract.probes.figures import DARK, LIGHT, MOST_PANELS, draw, save
 from mmextract.probes.paper import LARGEST_CLASS
+from mmextract.probes.rows import Row
 from mmextract.probes.run import ProbePlan
-from mmextract.probes.summary import Row, Summary
+from mmextract.probes.summary import Summary
 from mmextract.probes.tasks import SHUFFLES
 
 TEMPLATE = "report.html.j2"
@@ -151,7 +152,9 @@ def _how_it_was_made(plan: ProbePlan) -> dict[str, str]:
     entries = {
         "Store": str(plan.store),
         "Model": " ".join(part for part in (str(model.get("name", "")), kind, lora) if part),
-        "Data": " ".join(f"{data[key]}" for key in ("source",) if key in data),
+        "Data": f"{data['n_samples']} samples with {data['n_images']} images ({data['format']})"
+        if data
+        else "",
         "Watermark": {"paired": paired, "random": random}.get(watermark.get("design", ""), ""),
         "Samples": _count_samples(plan),
         "Classes": _count_classes(plan.design),

@@ -29,9 +29,8 @@ from mmextract.probes.settings import UNGROUPED, ProbeSettings
 from mmextract.probes.solvers import SOLVERS
 from mmextract.probes.tasks import Task, make_tasks
 
-FITS_WORTH_PROCESSES = 3000
-"""Probes from which on worker processes pay, which take 3 s to start; so many of width 128 take about 12
-s."""
+SECONDS_WORTH_PROCESSES = 10.0
+"""Work from which on worker processes pay, which take 3 s to start."""
 
 Cell = tuple[int, str]
 """A layer and a position."""
@@ -51,6 +50,8 @@ class ProbePlan:
     """Those of the store: how it was made."""
     n_stored: int
     """Samples of the store, rejected and missing ones included."""
+    hidden_size: int
+    """D."""
     settings: ProbeSettings
     """What was asked for."""
     design: Design
@@ -96,6 +97,7 @@ def plan_probe(path: Path, settings: ProbeSettings) -> ProbePlan:
         store=path,
         attributes=store.attributes,
         n_stored=store.n_samples,
+        hidden_size=store.hidden_size,
         settings=settings,
         design=design,
         tasks=(make_paper_task(design),) if paper else make_tasks(design, settings),
@@ -144,20 +146,23 @@ def run_probe(
 
 
 def choose_scheduler(plan: ProbePlan, workers: int) -> str:
-    """Return `synchronous` for one worker, `processes` for long work, `threads` for what ends before these
-    have started.
+    """Return `processes` for long work with several workers, else `synchronous`.
 
-    Threads alone do not fill the cores: small fits are mostly Python, and SciPy's solver keeps the
-    interpreter's lock.
+    Never threads: fits of a few milliseconds are mostly Python, and SciPy's solver keeps the interpreter's
+    lock, so that two threads took longer than one in every measurement (12 layers and positions of 400
+    samples × 128: 21 s against 17 s).
     """
-    if workers == 1:
-        return "synchronous"
-    inner = (
-        plan.settings.inner_folds * len(plan.settings.penalties) if len(plan.settings.penalties) > 1 else 0
-    )
-    n_fits = len(plan.tasks) * plan.settings.folds * plan.settings.repeats * (inner + 1)
-    few = plan.settings.preset == "paper" or len(plan.cells) * n_fits < FITS_WORTH_PROCESSES
-    return "threads" if few else "processes"
+    return "processes" if workers > 1 and predict_seconds(plan) > SECONDS_WORTH_PROCESSES else "synchronous"
+
+
+def predict_seconds(plan: ProbePlan) -> float:
+    """Return roughly how long one core takes: each fit 3 ms, and its arithmetic at 20 GFLOP/s over some five
+    steps."""
+    settings, n = plan.settings, plan.design.n_samples
+    inner = settings.inner_folds * len(settings.penalties) if len(settings.penalties) > 1 else 0
+    n_fits = 1 if settings.preset == "paper" else settings.folds * settings.repeats * (inner + 1)
+    fit = 3e-3 + 5e-10 * n * min(n, plan.hidden_size) ** 2
+    return len(plan.cells) * len(plan.tasks) * n_fits * fit
 
 
 def _prepare() -> None:

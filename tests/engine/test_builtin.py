@@ -46,7 +46,7 @@ def test_the_shipped_models_answer_as_their_card_says(name: str, test_split: cor
     stated = RECORD["figures"][name]["task, clean images"]
     n_questions = sum(len(asked) for asked in test_split.questions[:N_IMAGES])
     measured = task_accuracy(load_answerer(FOLDER / "base", adapter), test_split, N_IMAGES)
-    assert stated >= 0.95
+    assert stated > 0.9  # always answering no and guessing the rest gives less than 0.7
     assert abs(measured - stated) < margin(stated, n_questions)
 
 

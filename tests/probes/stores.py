@@ -15,7 +15,7 @@ from mmextract.engine.store import Layout, open_writer
 Columns = dict[str, list[Any]]
 PAIRED_RUN = {
     "model": {"name": "tiny", "class": "LlavaForConditionalGeneration"},
-    "data": {"source": "images"},
+    "data": {"format": "jsonl", "n_samples": 60, "n_images": 60},
     "watermark": {"design": "paired", "n_pairs": 30},
 }
 

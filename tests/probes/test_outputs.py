@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmextract.probes.outputs import FILES, fingerprint, make_record, write_outputs
-from mmextract.probes.summary import COLUMNS, Summary
+from mmextract.probes.rows import COLUMNS
+from mmextract.probes.summary import Summary
 
 
 @pytest.fixture(scope="module")

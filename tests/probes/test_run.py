@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +29,10 @@ def test_how_the_work_is_spread_changes_nothing(
 
 
 def test_long_work_goes_to_processes_and_short_work_does_not(store: Path) -> None:
-    assert choose_scheduler(plan_probe(store, ProbeSettings(repeats=20)), 2) == "processes"
-    assert choose_scheduler(plan_probe(store, FAST), 2) == "threads"
-    assert choose_scheduler(plan_probe(store, ProbeSettings(repeats=20)), 1) == "synchronous"
-    assert choose_scheduler(plan_probe(store, ProbeSettings(repeats=20, preset="paper")), 2) == "threads"
+    long = replace(plan_probe(store, ProbeSettings()), hidden_size=4096, positions=tuple(map(str, range(20))))
+    assert choose_scheduler(long, 2) == "processes"
+    assert choose_scheduler(long, 1) == "synchronous"
+    assert choose_scheduler(plan_probe(store, FAST), 2) == "synchronous"
 
 
 def test_progress_adds_up_to_the_layers_and_positions(store: Path) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mmextract.probes.summary import COLUMNS, Summary
+from mmextract.probes.rows import COLUMNS
+from mmextract.probes.summary import Summary
 from tests.probes.conftest import QUICK, summarise
 
 
