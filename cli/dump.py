@@ -103,6 +103,8 @@ def dump(
     """
     from dataclasses import replace
 
+    from transformers.utils.logging import disable_progress_bar
+
     from mmextract.engine import builtin
     from mmextract.engine.dump import DumpSpec, plan_dump, run_dump
     from mmextract.engine.models import ModelSpec, load
@@ -118,6 +120,7 @@ def dump(
     dtype, threads = options.pop("store_dtype"), options.pop("threads")
     more = {"threads": threads} if threads else {}
     spec = DumpSpec(dataset=dataset, model=model_spec, marking=marking, dtype=dtype, **options, **more)
+    disable_progress_bar()  # transformers' own, of the weights
     note(f"{len(dataset.samples)} samples from {dataset.source}; loading {model or builtin.DEFAULT_MODEL}")
     adapter = load(model_spec)
     plan = plan_dump(spec, adapter)

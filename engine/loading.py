@@ -7,6 +7,7 @@ samples, layers or hidden states.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -258,7 +259,9 @@ def _add_lora(model: Any, weights: Weights) -> Any:
     config = PeftConfig.from_pretrained(str(weights.folder))
     config.inference_mode = True
     try:
-        wrapped = PeftModel(model, config)
+        with warnings.catch_warnings():  # peft asks transformers for it by its old name
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            wrapped = PeftModel(model, config)
         key_mapping = getattr(model, "_checkpoint_conversion_mapping", {})
         result = wrapped.load_adapter(weights.folder, "default", torch_device="cpu", key_mapping=key_mapping)
     except (ValueError, KeyError, RuntimeError) as error:

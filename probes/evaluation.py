@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmextract.probes.design import IntArray
+from mmextract.probes.groups import IntArray
 from mmextract.probes.intervals import resample_groups
 from mmextract.probes.metrics import FloatArray, FoldScores, mean_scores, score_fold
 from mmextract.probes.settings import ProbeSettings
@@ -121,8 +121,7 @@ def _fit(
 def _choose_penalties(
     x: FloatArray, task: Task, solver: Solver, settings: ProbeSettings, log: _FitLog
 ) -> list[float]:
-    """Return, for each outer training set, the C of least mean log-loss over its inner split; the smallest of
-    equals."""
+    """Return the C of each outer training set: of least mean log-loss over its inner split, the smallest of equals."""
     grid = tuple(sorted(settings.penalties))
     splits = _outer_splits(task)
     if len(grid) == 1:
@@ -155,8 +154,7 @@ def _predict_majority(task: Task) -> FloatArray:
 def _score(
     decisions: FloatArray, task: Task, groups: IntArray, settings: ProbeSettings
 ) -> dict[str, FloatArray]:
-    """Return metric → [1 + B]: means over the test folds, as they are and for each resampling of the
-    groups."""
+    """Return metric → [1 + B]: means over the test folds, as they are and for each resampling of the groups."""
     tests = [(r, np.flatnonzero(task.folds[r] == k)) for r, k in _outer_splits(task)]
     prepared: list[FoldScores] = [score_fold(decisions[r, test], task.y[test]) for r, test in tests]
     blocks = [

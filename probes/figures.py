@@ -100,8 +100,7 @@ def _draw_curves(summary: Summary, look: Look) -> Figure:
 
 
 def _arrange(metrics: Sequence[str], positions: Sequence[str], n_columns: int) -> list[list[tuple[str, str]]]:
-    """Return rows of panels (metric, position): the metrics of a few positions under one another, then the
-    next few."""
+    """Return rows of panels (metric, position): the metrics of a few positions under one another, then the next few."""
     some = [positions[start : start + n_columns] for start in range(0, len(positions), n_columns)]
     return [[(metric, position) for position in columns] for columns in some for metric in metrics]
 

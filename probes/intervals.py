@@ -35,8 +35,7 @@ def stretch_factor(folds: int) -> float:
 
 
 def resample_groups(n_groups: int, n_resamples: int, seed: int) -> Iterator[FloatArray]:
-    """Yield [b, n_groups] blocks of how often each group was drawn; the first row of all is ones, the plain
-    estimate."""
+    """Yield blocks [b, n_groups] of how often each group was drawn; the very first row is ones: no resampling."""
     rng = np.random.default_rng([seed, 2])
     block = max(1, min(n_resamples, BLOCK_ELEMENTS // n_groups))
     yield np.ones((1, n_groups))

@@ -47,8 +47,7 @@ class FoldScores:
     """One for two classes, else one a class."""
 
     def weigh(self, weights: FloatArray) -> dict[str, FloatArray]:
-        """Return metric → [B] for weights [B, m] of the samples; NaN where a weighting leaves nothing to
-        score."""
+        """Return metric → [B] for weights [B, m] of the samples; NaN where a weighting leaves nothing to score."""
         total = weights.sum(1)
         present = weights @ self.classes  # [B, n_classes]
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -62,8 +61,7 @@ class FoldScores:
 
 
 def score_fold(decisions: FloatArray, y: IntArray) -> FoldScores:
-    """Prepare predictions for scoring. decisions: [m, 1] for two classes, [m, n_classes] for more: logits. y:
-    [m]."""
+    """Prepare predictions for scoring. decisions: [m, 1] for two classes, [m, n_classes] for more: logits. y: [m]."""
     logits = decisions if decisions.shape[1] > 1 else np.hstack([np.zeros_like(decisions), decisions])
     log_probabilities = log_softmax(logits, axis=1)
     n_classes = logits.shape[1]

@@ -142,8 +142,7 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_table(rows: Sequence[Row]) -> pa.Table:
-    """Return the tidy table, a row a (layer, position, task, metric); `COLUMNS` says what each column
-    means."""
+    """Return the tidy table, a row a (layer, position, task, metric); `COLUMNS` says what each column means."""
     return pa.Table.from_pylist([asdict(row) for row in rows], schema=_SCHEMA)
 
 

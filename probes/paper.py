@@ -5,7 +5,7 @@ random_state=42, stratify=y)`, at most 500 samples a class, accuracy rounded to 
 the order of the store. States are taken as float64, which is what the released code's text files give; lbfgs
 stops elsewhere on float32, and now and then one test sample changes sides.
 
-What it cannot tell is in `design.find_leaks`' warnings. This module knows nothing about stores or files.
+What it cannot tell is in `groups.find_leaks`' warnings. This module knows nothing about stores or files.
 """
 
 from __future__ import annotations

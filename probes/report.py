@@ -17,8 +17,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from mmextract.probes.design import STRUCTURES, Design
+from mmextract.probes.design import Design
 from mmextract.probes.figures import DARK, LIGHT, MOST_PANELS, draw, save
+from mmextract.probes.groups import STRUCTURES
 from mmextract.probes.paper import LARGEST_CLASS
 from mmextract.probes.rows import Row
 from mmextract.probes.run import ProbePlan
@@ -149,12 +150,12 @@ def _how_it_was_made(plan: ProbePlan) -> dict[str, str]:
     kind = f"({model['class']})" if model.get("class") else ""
     paired = f"{watermark.get('n_pairs')} pairs of a seen and an unseen identity, each image once with either"
     random = f"{watermark.get('rate')} of the images carry an identity"
+    if not {"n_samples", "n_images", "format"} <= set(data):
+        data = {}
     entries = {
         "Store": str(plan.store),
         "Model": " ".join(part for part in (str(model.get("name", "")), kind, lora) if part),
-        "Data": f"{data['n_samples']} samples with {data['n_images']} images ({data['format']})"
-        if data
-        else "",
+        "Data": "{n_samples} samples with {n_images} images ({format})".format(**data) if data else "",
         "Watermark": {"paired": paired, "random": random}.get(watermark.get("design", ""), ""),
         "Samples": _count_samples(plan),
         "Classes": _count_classes(plan.design),
@@ -191,17 +192,14 @@ def _protocol(summary: Summary) -> str:
             "20 % with seed 42, scikit-learn’s LogisticRegression at its defaults with 5,000 iterations, "
             "states not scaled."
         )
-    chosen = (
-        "C fixed"
-        if len(settings.penalties) == 1
-        else f"C out of {', '.join(f'{c:g}' for c in settings.penalties)}"
-    )
-    inner = "" if len(settings.penalties) == 1 else f" by log-loss over {settings.inner_folds} inner folds"
+    grid = [f"{c:g}" for c in settings.penalties]
+    inside = f"C out of {', '.join(grid)} by log-loss over {settings.inner_folds} inner folds, both"
+    how = f"features scaled, and {inside}" if len(grid) > 1 else f"C fixed at {grid[0]}, features scaled"
+    short = f"{summary.n_unconverged:,} of them short of" if summary.n_unconverged else "all of them to"
     return (
         f"L2 logistic probes; {settings.folds}-fold cross-validation, {settings.repeats} times, stratified, "
-        f"groups kept together; features scaled and {chosen}{inner} inside each training set. "
-        f"{summary.n_fits:,} probes were fitted, {summary.n_unconverged:,} of them short of the optimum. "
-        f"Seed {settings.seed}."
+        f"groups kept together; {how} inside each training set. {summary.n_fits:,} probes were fitted, "
+        f"{short} the optimum. Seed {settings.seed}."
     )
 
 

@@ -28,8 +28,7 @@ def _about(text: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the tables: a metric of a task at a layer and position. Each field carries its
-    description."""
+    """One line of the tables: a metric of a task at a layer and position. Each field carries its description."""
 
     layer: int = _about("decoder block; -1 is the embedding, the input of block 0")
     position: str = _about("token or span of tokens")

@@ -156,8 +156,7 @@ def choose_scheduler(plan: ProbePlan, workers: int) -> str:
 
 
 def predict_seconds(plan: ProbePlan) -> float:
-    """Return roughly how long one core takes: each fit 3 ms, and its arithmetic at 20 GFLOP/s over some five
-    steps."""
+    """Return roughly how long one core takes: each fit 3 ms, and its arithmetic at 20 GFLOP/s over some five steps."""
     settings, n = plan.settings, plan.design.n_samples
     inner = settings.inner_folds * len(settings.penalties) if len(settings.penalties) > 1 else 0
     n_fits = 1 if settings.preset == "paper" else settings.folds * settings.repeats * (inner + 1)
@@ -166,8 +165,7 @@ def predict_seconds(plan: ProbePlan) -> float:
 
 
 def _prepare() -> None:
-    """Set up a process for tasks that fill the cores by being many, and whose convergence is measured
-    afterwards."""
+    """Set up a process for tasks that fill the cores by being many, and whose convergence is measured afterwards."""
     threadpool_limits(1)
     warnings.simplefilter("ignore", ConvergenceWarning)
 

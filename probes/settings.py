@@ -22,8 +22,7 @@ class ProbeSettings:
     label: str = "identity_set"
     """Column whose values are to be told apart."""
     group: str | None = None
-    """Column whose values are held out together; None chooses (see `design.choose_group`), `none` groups
-    nothing."""
+    """Column whose values are held out together; None chooses (see `groups.choose_group`), `none` groups nothing."""
     layers: tuple[int, ...] | None = None
     """Layers as numbered in the store (−1 is the embedding); None for all."""
     positions: tuple[str, ...] | None = None

@@ -135,8 +135,7 @@ class SklearnSolver:
 
 
 def _rotate(x: FloatArray) -> tuple[FloatArray, FloatArray | None]:
-    """Return x [m, D] in an orthonormal basis of its row space, [m, m], and that basis [D, m]; as it is if m
-    ≥ D."""
+    """Return x [m, D] in an orthonormal basis of its row space, [m, m], and that basis [D, m]; as it is if m ≥ D."""
     if x.shape[0] >= x.shape[1]:
         return x, None
     basis, triangle = np.linalg.qr(x.T)

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-from mmextract.probes.design import Design, IntArray, count
+from mmextract.probes.design import Design
+from mmextract.probes.groups import IntArray, count
 from mmextract.probes.settings import ProbeSettings
 
 FoldArray = NDArray[np.int16]
@@ -75,8 +76,7 @@ def check_folds(design: Design, folds: int) -> None:
 
 
 def make_task(name: str, y: IntArray, groups: IntArray, settings: ProbeSettings) -> Task:
-    """Split the samples `repeats` times into stratified folds, and each training set again if C is to be
-    chosen."""
+    """Split the samples `repeats` times into folds, and each training set again if C is to be chosen."""
     seeds = [settings.seed + repeat for repeat in range(settings.repeats)]
     folds = np.stack([split(y, groups, settings.folds, seed, least_groups=2) for seed in seeds])
     inner = np.full((settings.repeats, settings.folds, len(y)), -1, np.int16)

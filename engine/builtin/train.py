@@ -42,8 +42,8 @@ class Recipe:
     balanced_steps: int = 900
     finetune_steps: int = 150
     seed: int = 0
-    measured_images: int = 200
-    measured_identities: int = 300
+    measured_images: int = 100
+    measured_identities: int = 150
 
     def question_stages(self) -> tuple[QuestionStage, ...]:
         """Return the stages on questions: all alike, then mostly those that compare, then these balanced."""

@@ -56,8 +56,7 @@ def make_store(
 
 
 def paired_columns(n_images: int, n_pairs: int, *, seed: int = 0) -> Columns:
-    """Return the columns of a paired run: each image with the seen and with the unseen identity of one
-    pair."""
+    """Return the columns of a paired run: each image with the seen and with the unseen identity of one pair."""
     pair = np.random.default_rng(seed).permutation(np.arange(n_images) % n_pairs)
     names = ["seen", "unseen"] * n_images
     return {
@@ -74,8 +73,7 @@ def paired_columns(n_images: int, n_pairs: int, *, seed: int = 0) -> Columns:
 def paired_states(
     columns: Columns, hidden_size: int, *, signal: float = 0.0, identity: float = 0.3, seed: int = 0
 ) -> NDArray[np.float32]:
-    """Return [n, D]: what an image and an identity share, some noise, and the signal, along the first
-    feature."""
+    """Return [n, D]: what an image and an identity share, some noise, and the signal, along the first feature."""
     rng = np.random.default_rng(seed)
     seen = np.array([name == "seen" for name in columns["identity_set"]])
     person = 2 * np.array(columns["pair"]) + seen
@@ -88,8 +86,7 @@ def paired_states(
 
 
 def make_paired_store(path: Path, *, signals: Sequence[Sequence[float]], seed: int = 0, **more: Any) -> Path:
-    """Write a store of 60 images and 30 pairs. signals: one a (layer, position); layers count from the
-    embedding."""
+    """Write a store of 60 images and 30 pairs. signals: one a (layer, position); layers count from the embedding."""
     columns = paired_columns(60, 30, seed=seed)
     states = np.stack(
         [

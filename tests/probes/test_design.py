@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mmextract.probes.design import Design, classify, make_design
+from mmextract.probes.design import Design, make_design
+from mmextract.probes.groups import classify
 from tests.probes.stores import paired_columns
 
 
@@ -47,6 +48,14 @@ def test_samples_without_a_label_rejected_or_missing_are_left_out_and_counted() 
     assert made.dropped == {"not in the store yet": 1, "rejected by the dump": 1, "without a colour": 1}
     made = design(columns_of(level=[1.0, 2.0, np.nan, 1.0]), label="level")
     assert made.rows.tolist() == [0, 1, 3]
+
+
+def test_a_rendering_whose_twin_was_rejected_is_left_out_so_that_pairs_stay_balanced() -> None:
+    columns = columns_of(**{**paired_columns(12, 4), "rejected": ["no image"] + [""] * 23})
+    made = design(columns)
+    assert made.structure == "paired" and made.n_samples == 22
+    assert made.dropped == {"rejected by the dump": 1, "whose other rendering is not there": 1}
+    assert design(columns, label="answer").n_samples == 23
 
 
 def test_a_filter_leaves_samples_out() -> None:
@@ -110,7 +119,7 @@ def test_a_grouping_that_separates_pairs_is_warned_of(group: str) -> None:
 
 def test_an_image_with_opposite_labels_in_different_groups_is_warned_of() -> None:
     made = design(PAIRED, group="none")
-    assert any("images occur with opposite labels" in warning for warning in made.warnings)
+    assert any("12 samples occur with opposite labels" in warning for warning in made.warnings)
     questions = columns_of(answer=["yes", "no", "no", "yes"], image=["1", "1", "2", "2"])
     assert (
         "2 images occur with opposite labels" in design(questions, label="answer", group="none").warnings[0]
@@ -139,6 +148,7 @@ def test_an_image_that_has_both_renderings_in_each_pair_leaks_nothing() -> None:
         ([0, 1, 0, 1], [0, 0, 1, 1], "paired"),
         ([0, 1, 2, 0, 1, 2], [0, 0, 0, 1, 1, 1], "paired"),
         ([0, 1, 1, 0, 1], [0, 0, 0, 1, 1], "within"),
+        ([0, 1] * 10 + [1], [0] * 10 + [1] * 10 + [2], "within"),
         ([0, 0, 1, 1], [0, 0, 1, 1], "between"),
         ([0, 0, 0, 1], [0, 0, 1, 1], "mixed"),
         ([0, 1, 0], [0, 1, 2], "rows"),

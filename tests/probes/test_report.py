@@ -50,8 +50,7 @@ def html(summary: Summary) -> str:
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Summary:
-    """A label, a class, a position and a model whose names would break out of HTML, of JSON and of
-    mathtext."""
+    """A label, a class, a position and a model whose names would break out of HTML, of JSON and of mathtext."""
     columns = paired_columns(30, 15)
     columns["<b>$x"] = [HOSTILE if name == "seen" else "it's" for name in columns["identity_set"]]
     path = make_store(

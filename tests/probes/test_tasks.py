@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mmextract.probes.design import Design, classify, count
+from mmextract.probes.design import Design
+from mmextract.probes.groups import classify, count
 from mmextract.probes.settings import ProbeSettings
 from mmextract.probes.tasks import make_tasks, shuffle_labels, split
 
