@@ -16,7 +16,13 @@ PACKAGES = (
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON on stdout.")
+@click.option(
+    "--json",
+    "as_json",
+    envvar="MMEXTRACT_DOCTOR_JSON",
+    is_flag=True,
+    help="Print everything as JSON on stdout.",
+)
 def doctor(as_json: bool) -> None:
     """Say which versions, devices and back ends there are."""
     record = {"python": platform.python_version(), "platform": platform.platform()}

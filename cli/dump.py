@@ -42,7 +42,6 @@ _MODEL_FIELDS = (
 )
 @click.option(
     "--position",
-    "positions",
     multiple=True,
     default=("last",),
     show_default=True,
@@ -90,12 +89,10 @@ _MODEL_FIELDS = (
     help="The store.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and how large it would be.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+@click.option("--json", is_flag=True, help="Print the result as JSON on stdout.")
 @data_options
 @marking_options
-def dump(
-    data: Path | None, model: str | None, output: Path, dry_run: bool, as_json: bool, **options: Any
-) -> int:
+def dump(data: Path | None, model: str | None, output: Path, dry_run: bool, **options: Any) -> int:
     """Dump hidden states of every layer asked for, for DATA, into a Zarr store.
 
     DATA is a folder of images, a JSONL, CSV, Parquet, LLaVA or Qwen JSON file, or a Hugging Face data set on disk.
@@ -109,6 +106,7 @@ def dump(
     from mmextract.engine.dump import DumpSpec, plan_dump, run_dump
     from mmextract.engine.models import ModelSpec, load
 
+    as_json, positions = options.pop("json"), options.pop("position")
     marking = take_marking(options, default=builtin.marking() if data is None else None)
     dataset = read_data(data or builtin.DATA, options)
     if data is None:
@@ -119,7 +117,15 @@ def dump(
     model_spec = ModelSpec(model=folder, **settings)
     dtype, threads = options.pop("store_dtype"), options.pop("threads")
     more = {"threads": threads} if threads else {}
-    spec = DumpSpec(dataset=dataset, model=model_spec, marking=marking, dtype=dtype, **options, **more)
+    spec = DumpSpec(
+        dataset=dataset,
+        model=model_spec,
+        marking=marking,
+        positions=positions,
+        dtype=dtype,
+        **options,
+        **more,
+    )
     disable_progress_bar()  # transformers' own, of the weights
     note(f"{len(dataset.samples)} samples from {dataset.source}; loading {model or builtin.DEFAULT_MODEL}")
     adapter = load(model_spec)

@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("store", type=click.Path(path_type=Path), default="activations.zarr")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON on stdout.")
+@click.option(
+    "--json",
+    "as_json",
+    envvar="MMEXTRACT_INFO_JSON",
+    is_flag=True,
+    help="Print everything as JSON on stdout.",
+)
 def info(store: Path, as_json: bool) -> None:
     """Say what STORE holds, how it was made and how complete it is."""
     from mmextract.engine.store import open_store
@@ -47,7 +53,7 @@ def _describe(store: Store) -> dict[str, Any]:
         "dtype": store.attributes["dtype"],
         "size": f"{size(on_disk)}, {raw / max(on_disk, 1):.2f} × smaller than {size(raw)} raw",
         "columns": sorted(store.columns),
-        "model": " ".join(str(model.get(key)) for key in ("model", "class", "adapter") if model.get(key)),
+        "model": f"{model.get('name')} ({model.get('class')}){' with a LoRA' if model.get('adapter') else ''}",
         "data": " ".join(str(value) for value in run.get("data", {}).values()),
         "watermark": json.dumps(run.get("watermark")),
     }

@@ -85,6 +85,8 @@ def main() -> NoReturn:
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.exit(FAILED)
+    except (KeyError, IndexError):
+        raise  # a mistake of ours: LookupError itself is what users are told
     except (ValueError, LookupError, OSError, ImportError) as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(FAILED)
