@@ -19,7 +19,7 @@ types: .venv/installed-test
 	$(BIN)/mypy
 
 pytest: .venv/installed-test
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
