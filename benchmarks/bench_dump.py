@@ -54,7 +54,10 @@ def measure(name: str, scenario: Scenario, scratch: Path, batch_size: int, repea
     )
     plan = plan_dump(spec, adapter)
     out = scratch / f"{name}.zarr"
-    loaded = [adapter.collate(batch) for batch in batches(prepare(plan, adapter), batch_size)]
+    ready = prepare(plan, adapter)
+    if not ready:
+        raise SystemExit(f"{name}: every sample was rejected, so there is nothing to measure")
+    loaded = [adapter.collate(batch) for batch in batches(ready, batch_size)]
     written: list[int] = []
 
     def bare_forward() -> None:
@@ -72,6 +75,7 @@ def measure(name: str, scenario: Scenario, scratch: Path, batch_size: int, repea
     n_samples = len(plan.rows)
     return {
         "n_samples": n_samples,
+        "n_rejected": n_samples - len(ready),
         "n_layers": len(plan.layout.layers),
         "positions": list(scenario.positions),
         "batch_size": batch_size,
@@ -104,6 +108,7 @@ def main() -> None:
         (
             "scenario",
             "samples",
+            "rejected",
             "layers",
             "samples/s",
             "÷ forward",
@@ -116,6 +121,7 @@ def main() -> None:
             (
                 name,
                 found["n_samples"],
+                found["n_rejected"],
                 found["n_layers"],
                 found["samples_per_second"],
                 found["dump_over_forward"],

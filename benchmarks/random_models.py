@@ -66,7 +66,9 @@ def save_llava(folder: Path) -> Path:
 
 def save_qwen2vl(folder: Path, max_image_tokens: int = 576) -> Path:
     """Qwen2-VL: images at their own resolution, patches of 14, four to a token, but 4 vision layers of width 128."""
-    tokenizer = make_tokenizer([])
+    # without the built-in tokenizer's own image token, which the processor would look for
+    words = make_tokenizer([]).backend_tokenizer
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
     names = (
         "<|im_start|>",
         "<|im_end|>",

@@ -28,5 +28,5 @@ def test_bench_dump_compares_a_dump_with_the_bare_forward_pass(tmp_path: Path) -
     assert record["machine"]["cores"] >= 1 and record["machine"]["torch"]
     assert set(record["results"]) == set(names)
     for found in record["results"].values():
-        assert found["n_samples"] == 4 and found["bytes_written"] > 0
+        assert found["n_samples"] == 4 and found["n_rejected"] == 0 and found["bytes_written"] > 0
         assert found["dump_over_forward"] > 0
