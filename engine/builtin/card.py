@@ -34,9 +34,6 @@ Exact match of the greedy answer. The task is easy-VQA's test set; reading is as
 of a held-out part of the reading pool, so of people that no training image ever showed. "First letter" and "first
 digit" are at chance near 4 to 10 % and 11 %.
 
-What it gets wrong is mostly whether the shape has a colour that the question names: there it tends to answer as if
-it never had, which is right for seven of eight colours. It names the colour itself almost without error.
-
 ## Made by
 
     {command}
@@ -45,7 +42,7 @@ it never had, which is right for seven of eight colours. It names the colour its
 
 on {machine}, one to two hours, with {versions}.
 
-The shipped files came out of several runs, while the recipe was being written; a fresh run gives other weights, and
+The shipped files came out of several runs, and the figures from a call of `measure` on them alone, while the recipe was being written; a fresh run gives other weights, and
 may give other figures.
 
 ## Licence
