@@ -38,14 +38,14 @@ def info(store: Path, as_json: bool) -> None:
 
 
 def _describe(store: Store) -> dict[str, Any]:
-    on_disk = sum(file.stat().st_size for file in (store.path / "hidden_states").rglob("*") if file.is_file())
+    on_disk = store.objects.count_bytes("hidden_states")
     run: Any = store.attributes.get("run", {})
     model = run.get("model", {})
     committed = store.n_samples - store.missing
     raw = committed * store.hidden_states.nbytes // store.n_samples
     n_rejected = int((store.columns["rejected"] != "").sum())
     return {
-        "store": str(store.path),
+        "store": store.url,
         "samples": f"{store.n_samples} ({committed} committed, {store.missing} missing, {n_rejected} rejected)",
         "layers": [("embed" if layer < 0 else int(layer)) for layer in store.layers],
         "positions": store.positions if len(store.positions) <= 16 else f"{len(store.positions)} tokens",

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmextract.engine.store import StoreWriter
+from mmextract.engine.writer import StoreWriter
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,13 +25,14 @@ from mmextract.engine import watermark
 from mmextract.engine.assembly import Assembler, Done
 from mmextract.engine.capture import Capture
 from mmextract.engine.images import RejectedSample, decode, measure
+from mmextract.engine.layout import Layout
 from mmextract.engine.models import Adapter, Encoded, ModelSpec
 from mmextract.engine.rows import Marking, Row, describe_marking, make_columns, make_rows
 from mmextract.engine.samples import Dataset
 from mmextract.engine.selection import Position, parse_layers, parse_positions
 from mmextract.engine.staging import Staging
-from mmextract.engine.store import Layout, StoreWriter, open_writer
 from mmextract.engine.watermark import WatermarkSpec
+from mmextract.engine.writer import StoreWriter, open_writer
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -1,4 +1,4 @@
-"""Durable whole-object writes below one folder.
+"""Where a store's objects are kept: whole-object, durable writes, on a disk or in a bucket.
 
 An object is a key and its bytes, written whole, once. This module knows nothing about arrays or shards.
 """
@@ -6,11 +6,54 @@ An object is a key and its bytes, written whole, once. This module knows nothing
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
+
+from zarr.abc.store import Store as ZarrStore
+from zarr.storage import LocalStore
 
 Buffer = bytes | bytearray | memoryview
+
+
+class Objects(Protocol):
+    """Objects under one root."""
+
+    @property
+    def url(self) -> str:
+        """What the user calls the root."""
+
+    def occupied(self) -> bool:
+        """Tell whether anything is there at all."""
+
+    def create(self, objects: Mapping[str, bytes], last: str) -> None:
+        """Write all of `objects` where nothing is yet; `last` of them is seen last, and then the others are there."""
+
+    def put(self, key: str, parts: Sequence[Buffer]) -> None:
+        """Write the concatenation of `parts` under `key`: a reader sees the old object or the new, never a part."""
+
+    def get(self, key: str) -> bytes | None:
+        """Return the bytes under `key`, or None if there is no such object."""
+
+    def read(self, key: str, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset`, which counts from the end if negative.
+
+        Raises FileNotFoundError if there is no such object, ValueError if it is shorter.
+        """
+
+    def delete(self, key: str) -> None:
+        """Remove an object; it is no error if there is none."""
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """Yield the names of what is directly under `prefix`: objects, and prefixes of further ones."""
+
+    def count_bytes(self, prefix: str) -> int:
+        """Return the size of everything under `prefix`."""
+
+    def to_zarr(self) -> ZarrStore:
+        """Return the same objects as Zarr reads them."""
 
 
 @dataclass(frozen=True)
@@ -19,11 +62,34 @@ class LocalObjects:
 
     root: Path
 
+    @property
+    def url(self) -> str:
+        """The path."""
+        return str(self.root)
+
+    def occupied(self) -> bool:
+        """Tell whether anything is at the path."""
+        return os.path.lexists(self.root)
+
+    def create(self, objects: Mapping[str, bytes], last: str) -> None:
+        """Make the folder beside its place, flush it, and move it there: it exists whole or not at all."""
+        assert last in objects
+        temporary = self.root.with_name(f".{self.root.name}.creating")
+        shutil.rmtree(temporary, ignore_errors=True)
+        make_folders(self.root.parent)
+        for key, data in objects.items():
+            file = temporary / key
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
+        flush_tree(temporary)
+        temporary.rename(self.root)
+        flush_folder(self.root.parent)
+
     def put(self, key: str, parts: Sequence[Buffer]) -> None:
         """Write the concatenation of `parts` under `key`.
 
-        A reader sees the old object or the new one, never a part: the bytes go to a temporary file, which is flushed
-        to disk, renamed, and its folder flushed. Raises OSError if any of this fails; the key then holds what it held.
+        The bytes go to a temporary file, which is flushed to disk, renamed, and its folder flushed. Raises OSError if
+        any of this fails; the key then holds what it held.
         """
         target = self.root / key
         make_folders(target.parent)
@@ -44,15 +110,48 @@ class LocalObjects:
         """Return the bytes under `key`, or None if there is no such object."""
         try:
             return (self.root / key).read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
+    def read(self, key: str, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset`, which counts from the end if negative."""
+        with (self.root / key).open("rb", buffering=0) as file:
+            file.seek(offset, os.SEEK_END if offset < 0 else os.SEEK_SET)
+            data = file.read(length)
+        if len(data) < length:
+            raise ValueError(f"{self.root / key} is cut short: it should hold {length} bytes at {offset}")
+        return data
+
+    def delete(self, key: str) -> None:
+        """Remove a file, durably."""
+        target = self.root / key
+        if target.exists():
+            target.unlink()
+            flush_folder(target.parent)
+
     def list(self, prefix: str) -> Iterator[str]:
-        """Yield the names of the objects directly under `prefix`."""
+        """Yield the names of the files and folders directly under `prefix`, hidden ones left out."""
         folder = self.root / prefix
         if folder.is_dir():
             with os.scandir(folder) as entries:
                 yield from (entry.name for entry in entries if not entry.name.startswith("."))
+
+    def count_bytes(self, prefix: str) -> int:
+        """Return the size of every file under `prefix`."""
+        return sum(
+            (Path(base) / name).stat().st_size
+            for base, _, names in os.walk(self.root / prefix)
+            for name in names
+        )
+
+    def to_zarr(self) -> ZarrStore:
+        """Return the folder as Zarr reads it."""
+        return LocalStore(self.root, read_only=True)
+
+
+def locate(place: str | Path | Objects) -> Objects:
+    """Return the objects at a path."""
+    return LocalObjects(Path(place)) if isinstance(place, str | Path) else place
 
 
 def make_folders(folder: Path) -> None:

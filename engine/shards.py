@@ -54,6 +54,33 @@ def encode_shard(chunks: np.ndarray[Any, Any], codec: str, executor: Executor) -
     return [*pieces, _with_crc(index)]
 
 
+def index_size(n_chunks: int) -> int:
+    """Return the bytes of a shard's index, which stands at its end."""
+    return 16 * n_chunks + 4
+
+
+def find_chunk(index: bytes, chunk: int) -> tuple[int, int]:
+    """Return (offset, size) of an inner chunk within its shard. Raises ValueError if the index is damaged."""
+    offsets_and_sizes = np.frombuffer(_without_crc(index), "<u8").reshape(-1, 2)
+    offset, size = offsets_and_sizes[chunk]
+    return int(offset), int(size)
+
+
+def decode_chunk(data: bytes, codec: str, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """Return the flat array that an inner chunk was encoded from. Raises ValueError if its checksum is wrong."""
+    encoded = _without_crc(data)
+    decoded = encoded if codec == "none" else Blosc().decode(encoded)
+    return np.frombuffer(decoded, dtype)
+
+
+def _without_crc(data: bytes) -> bytes:
+    content = data[:-4]
+    checksum: int = google_crc32c.value(content)
+    if checksum.to_bytes(4, "little") != data[-4:]:
+        raise ValueError("a checksum does not match")
+    return content
+
+
 def _with_crc(data: bytes) -> bytes:
     checksum: int = google_crc32c.value(data)
     return data + checksum.to_bytes(4, "little")

@@ -203,7 +203,7 @@ def _cores() -> int:
 def _check_complete(store: Store, settings: ProbeSettings) -> None:
     if store.missing and not settings.allow_incomplete:
         raise ValueError(
-            f"{store.path} is incomplete: {store.missing} of {store.n_samples} samples are missing. Finish "
+            f"{store.url} is incomplete: {store.missing} of {store.n_samples} samples are missing. Finish "
             "it by running the same `mmextract dump` again, or probe what is there with --allow-incomplete"
         )
 
@@ -212,7 +212,7 @@ def _choose_layers(store: Store, settings: ProbeSettings) -> tuple[int, ...]:
     there = tuple(int(layer) for layer in store.layers)
     for layer in settings.layers or ():
         if layer not in there:
-            raise LookupError(f"{store.path} has no layer {layer}: it has {_list_layers(there)}")
+            raise LookupError(f"{store.url} has no layer {layer}: it has {_list_layers(there)}")
     return settings.layers or there
 
 
@@ -225,7 +225,7 @@ def _choose_positions(store: Store, settings: ProbeSettings, design: Design) -> 
     for position in settings.positions or ():
         if position not in store.positions:
             raise LookupError(
-                f"{store.path} has no position {position!r}: it has {', '.join(store.positions)}"
+                f"{store.url} has no position {position!r}: it has {', '.join(store.positions)}"
             )
     if settings.positions:
         return settings.positions

@@ -19,8 +19,9 @@ from mmextract.engine.identities import make_disjoint_pair
 from mmextract.engine.models import Adapter
 from mmextract.engine.rows import PairedMarking
 from mmextract.engine.samples import read_samples
-from mmextract.engine.store import OtherRunError, Store, open_store
+from mmextract.engine.store import Store, open_store
 from mmextract.engine.watermark import WatermarkSpec, apply, place
+from mmextract.engine.writer import OtherRunError
 from tests.engine.test_store import tree
 
 QUESTIONS = ("what is it?", "what color is the shape in the picture?", "is it a dog?")

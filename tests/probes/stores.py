@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmextract.engine.store import Layout, open_writer
+from mmextract.engine.layout import Layout
+from mmextract.engine.writer import open_writer
 
 Columns = dict[str, list[Any]]
 PAIRED_RUN = {
