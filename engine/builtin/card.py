@@ -41,8 +41,9 @@ digit" are at chance near 4 to 10 % and 11 %.
 
 {recipe}
 
-on {machine}, two to three hours, with {versions}. Stages that were trained before are taken up from their
-checkpoints; a fresh run on another machine gives other weights, and may give other figures.
+on {machine}, two to three hours, with {versions}.
+Stages that were trained before are taken up from their checkpoints; a fresh run on another machine gives other
+weights, and may give other figures.
 
 ## Licence
 
