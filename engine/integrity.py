@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,23 +165,25 @@ def examine(objects: Objects, key: str, digest: str) -> str | None:
     return None if xxhash.xxh3_64_hexdigest(data) == digest else "it is not what was written"
 
 
-def lost_or_changed(objects: Objects, digests: Mapping[str, str]) -> list[str]:
+def lost_or_changed(objects: Objects, digests: Mapping[str, str], executor: Executor) -> list[str]:
     """Return the keys of metadata that are not what they should be, and of columns' chunks that are missing.
 
     The chunks are listed and not read, so that this is quick: `verify` reads them, and removes those that are damaged.
     """
-    found = []
-    for name, keys in _by_array(digests).items():
-        metadata = f"{name}/{ROOT}"
-        if examine(objects, metadata, digests[metadata]):
-            found.append(metadata)
-        present = {f"{name}/c/{chunk}" for chunk in objects.list(f"{name}/c")}
-        found += sorted(keys - present - {metadata})
-    return found
-
-
-def _by_array(keys: Iterable[str]) -> dict[str, set[str]]:
     arrays: dict[str, set[str]] = {}
-    for key in keys:
+    for key in digests:
         arrays.setdefault(key.partition("/")[0], set()).add(key)
-    return arrays
+
+    def look(name: str) -> list[str]:
+        metadata = f"{name}/{ROOT}"
+        chunks = arrays[name] - {metadata}
+        present = {f"{name}/c/{chunk}" for chunk in objects.list(f"{name}/c")} if chunks else set()
+        changed = metadata in digests and examine(objects, metadata, digests[metadata])
+        return [*([metadata] if changed else []), *sorted(chunks - present)]
+
+    return [key for found in executor.map(look, sorted(arrays)) for key in found]
+
+
+def root_last(keys: Iterable[str]) -> list[str]:
+    """Return keys in order, the root's behind all others."""
+    return sorted(keys, key=lambda key: (key == ROOT, key))

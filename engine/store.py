@@ -6,12 +6,13 @@
     record, rejected                        [sample]    found out by the run, one chunk a shard
     n_tokens, image_hash, …                 [sample]    copies of `record`, written in large chunks at the end
     shard_digest                            [shard]     xxh3 of a shard's objects: the commit
+    digests, an attribute of the root                   xxh3 of everything else, see `integrity`
 
 What is promised: a shard whose digest exists was written whole and flushed to disk before its digest was; a shard
 without a digest does not exist, whatever lies in its place; an object that is missing or damaged is an error, never
-zeros; the same run gives the same bytes however often it was interrupted. What is not: hidden states of another
-machine, thread count or library version may differ in their last bits, and a disk that lies about flushing can lose
-what it was given.
+zeros; the same run gives the same bytes however often it was interrupted; `verify` notices any byte that changed, and
+the same run puts it back, writing nothing else. What is not: hidden states of another machine, thread count or library
+version may differ in their last bits, and a disk that lies about flushing can lose what it was given.
 
 `writer` writes a store, `layout` says what it looks like. This module knows nothing about models, images or watermarks.
 """
@@ -176,11 +177,19 @@ class Store:
     def read_shard(
         self, shard: int, layer_index: int, position_indices: Sequence[int], *, as_stored: bool = False
     ) -> NDArray[Any]:
-        """Return [rows of a committed shard, len(position_indices), hidden]; see `find` and `read_positions`."""
+        """Return [rows of a committed shard, len(position_indices), hidden], which may be read-only.
+
+        See `find` for the indices and `read_positions` for the values.
+        """
         n_rows = min(self.shard_samples, self.n_samples - shard * self.shard_samples)
-        chunk = self._read_chunk(shard, layer_index)[:n_rows, list(position_indices)]
+        first, n_positions = position_indices[0], len(position_indices)
+        chosen: Any = list(position_indices)
+        if chosen == [*range(first, first + n_positions)]:
+            chosen = slice(first, first + n_positions)  # copies nothing
+        chunk = self._read_chunk(shard, layer_index)[:n_rows, chosen]
         if chunk.dtype == np.uint16 and not as_stored:  # the bits of bfloat16
-            return np.left_shift(chunk, 16, dtype=np.uint32).view(np.float32)
+            widened: NDArray[np.float32] = np.left_shift(chunk, 16, dtype=np.uint32).view(np.float32)
+            return widened
         return chunk
 
     def to_dask(self, layer: int, position: str) -> DaskArray:
@@ -237,10 +246,6 @@ _REPAIR = "`mmextract verify` lists what is damaged, and the same `mmextract dum
 def open_store(place: str | Path | Objects) -> Store:
     """Open a store for reading. Raises ValueError if there is none at `place`, saying how to make one."""
     objects = locate(place)
-    if not objects.occupied():
-        raise ValueError(
-            f"there is no store at {objects.url}: make one with `mmextract dump -o {objects.url}`"
-        )
     read_attributes(objects)
     return Store(objects, zarr.open_group(objects.to_zarr(), mode="r"))
 
@@ -248,6 +253,10 @@ def open_store(place: str | Path | Objects) -> Store:
 def read_attributes(objects: Objects) -> Mapping[str, Any]:
     """Return the attributes of a store, or raise ValueError if there is none of ours at that place."""
     metadata = objects.get("zarr.json")
+    if metadata is None and not objects.occupied():
+        raise ValueError(
+            f"there is no store at {objects.url}: make one with `mmextract dump -o {objects.url}`"
+        )
     if metadata is None:
         raise ValueError(
             f"{objects.url} exists and is not a store of mmextract (it has no zarr.json): give another path"

@@ -104,8 +104,8 @@ def plan_verify(place: str | Path | Objects) -> VerifyPlan:
     """Work out what there is to read. Raises ValueError if there is no store of ours at `place`."""
     objects = locate(place)
     identity = identify(objects)
-    if not objects.occupied() or not (identity.root or identity.copies):
-        read_attributes(objects)
+    if identity.root is None and not identity.copies:
+        read_attributes(objects)  # raises if there is no store, or something else
     committed = {int(name) for name in objects.list("shard_digest/c")}
     n_shards, n_layers = (
         _shape(objects, identity, "shard_digest", 0),

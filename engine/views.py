@@ -30,7 +30,7 @@ def to_dask(store: Store, layer: int, position: str) -> dask.array.Array:
     layer_index, (position_index,) = store.find(layer, [position])
     size = store.shard_samples
     rows = [min(size, store.n_samples - start) for start in range(0, store.n_samples, size)]
-    return dask.array.map_blocks(
+    array: dask.array.Array = dask.array.map_blocks(
         _read_block,
         store=replace(store),  # without the columns that it may have read already
         layer_index=layer_index,
@@ -40,6 +40,7 @@ def to_dask(store: Store, layer: int, position: str) -> dask.array.Array:
         meta=np.empty((0, 0), store.dtype),
         name=f"hidden-states-{tokenize(store.url, dict(store.attributes), layer, position)}",
     )
+    return array
 
 
 def _read_block(
@@ -47,7 +48,7 @@ def _read_block(
 ) -> NDArray[Any]:
     shard = block_id[0]
     if store.has_shard(shard):
-        return store.read_shard(shard, layer_index, [position_index])[:, 0]
+        return np.array(store.read_shard(shard, layer_index, [position_index])[:, 0])
     n_rows = min(store.shard_samples, store.n_samples - shard * store.shard_samples)
     return np.full((n_rows, store.hidden_size), np.nan, store.dtype)
 

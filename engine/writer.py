@@ -25,6 +25,7 @@ from mmextract.engine.integrity import (
     identify,
     is_finished,
     lost_or_changed,
+    root_last,
     sealed_digests,
     shard_seed,
     unseal,
@@ -95,7 +96,7 @@ class StoreWriter:
             for name, values in zip(self.layout.record_fields, np.ascontiguousarray(records.T), strict=True)
         }
         made = last_objects(self._metadata(set(columns)), columns)
-        for key in sorted(made, key=lambda key: key == ROOT):  # the root is what says that it is finished
+        for key in root_last(made):  # the root is what says that it is finished
             self.objects.put(key, [made[key]])
 
     def _metadata(self, without: set[str]) -> dict[str, bytes]:
@@ -153,11 +154,9 @@ def open_writer(
         return StoreWriter(layout=layout, objects=objects, executor=executor)
     identity = identify(objects)
     _refuse_other(objects, identity, to_plain(attributes["run"]))
-    if identity.digests is None or lost_or_changed(objects, identity.digests):
+    if identity.digests is None or lost_or_changed(objects, identity.digests, executor):
         first = first_objects(layout, columns, identity.attributes or attributes)
-        for key in sorted(
-            first, key=lambda key: key == ROOT
-        ):  # as long as the root is the old one, all is looked at
+        for key in root_last(first):  # so that an interrupted repair is taken up again
             if objects.get(key) != first[key]:
                 objects.put(key, [first[key]])
     return StoreWriter(layout=layout, objects=objects, executor=executor)

@@ -10,6 +10,7 @@ from typing import Any
 import dask.array
 import numpy as np
 import pytest
+import tensorstore
 import torch
 import xarray as xr
 import zarr
@@ -99,7 +100,6 @@ def test_every_reader_gives_the_same_bits(
 def test_tensorstore_gives_the_same_bits(
     request: pytest.FixtureRequest, case: tuple[Path, NDArray[Any], str], tally: dict[str, bool]
 ) -> None:
-    tensorstore = pytest.importorskip("tensorstore")
     path, states, _ = case
     tally[request.node.name] = False
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/hidden_states/"}}

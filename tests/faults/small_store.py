@@ -47,7 +47,7 @@ def run(
     """
     chosen = layout or make_layout()
     with ThreadPoolExecutor(1) as executor:
-        attributes = {"run": {"model": "stub", "seed": seed}, "source": "nowhere"}
+        attributes = {"run": {"model": {"name": "stub"}, "seed": seed}, "source": "nowhere"}
         writer = open_writer(path, chosen, make_columns(seed), attributes, executor)
         missing = sorted(set(range(chosen.n_shards)) - writer.committed())
         for shard in missing[:stop_after]:

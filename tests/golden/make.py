@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ LAYERS = (-1, 0, 2)
 POSITIONS = ("last", "image")
 CODECS = {"float32": "lz4", "float16": "none", "bfloat16": "zstd"}
 REJECTED = {3: "no such file: café.png"}
-COLUMNS = {
+COLUMNS: dict[str, list[Any]] = {
     "sample": ["a", "b", "ç", "d", "日本"],
     "question": ["what is it?", "", "who?", "why?", "où?"],
     "age": [31, 0, -7, 2**40, 5],
@@ -39,7 +40,7 @@ def states() -> NDArray[np.float32]:
     row, layer, position, hidden = np.indices((N_SAMPLES, len(LAYERS), len(POSITIONS), HIDDEN_SIZE))
     values = (1 + row / 8 + layer / 32 + position / 64) / 2.0**hidden
     values[list(REJECTED)] = np.nan
-    return values.astype(np.float32)
+    return np.asarray(values, np.float32)
 
 
 def make(path: Path, dtype: str) -> None:
