@@ -5,15 +5,21 @@ This module knows nothing about models or images.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from mmextract.engine.writer import StoreWriter
+
+WRITERS = 2
+"""Shards that are written at the same time: while one waits for the disk, the next is encoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,16 +51,33 @@ class _Open:
 
 
 class Assembler:
-    """Fills shards from what `consume` is given and writes each as soon as its last row is there."""
+    """Fills shards from what `consume` is given and writes each as soon as its last row is there.
+
+    A context manager; leaving it waits for the shards being written and raises what went wrong with them.
+    """
 
     def __init__(self, writer: StoreWriter, on_progress: Callable[[int], None]) -> None:
         self._writer = writer
         self._on_progress = on_progress
         self._open: dict[int, _Open] = {}
+        self._writing: deque[Future[int]] = deque()
+        self._pool = ThreadPoolExecutor(WRITERS, "mmextract-shards")
         self.bytes_written = 0
         """Bytes of encoded states so far."""
         self.n_nonfinite = 0
         """Samples so far that hold a NaN or an infinity."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            while kind is None and self._writing:
+                self._finish_one()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
 
     def consume(self, done: Done, states: torch.Tensor | None) -> None:
         """Take finished rows; states is [B, L, P, D] in the store's dtype, None for rejected rows."""
@@ -66,10 +89,17 @@ class Assembler:
         shard.n_left -= len(done.rows)
         if shard.n_left == 0:
             del self._open[done.shard]
-            self.bytes_written += self._writer.write_shard(
-                done.shard, shard.states, shard.records, shard.rejected
-            )
+            self._write(done.shard, shard)
         self._on_progress(len(done.rows))
+
+    def _write(self, index: int, shard: _Open) -> None:
+        while len(self._writing) >= WRITERS:  # bounds the memory
+            self._finish_one()
+        work = self._writer.write_shard
+        self._writing.append(self._pool.submit(work, index, shard.states, shard.records, shard.rejected))
+
+    def _finish_one(self) -> None:
+        self.bytes_written += self._writing.popleft().result()
 
     def _fill(self, shard: _Open, done: Done, states: torch.Tensor) -> None:
         assert done.nonfinite is not None and done.overflow is not None

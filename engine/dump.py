@@ -234,13 +234,13 @@ def _write_shards(
     summary: DumpSummary,
     on_progress: Callable[[int], None],
 ) -> None:
-    assembler = Assembler(writer, on_progress)
     layout, spec = plan.layout, plan.spec
     dtype = getattr(torch, layout.dtype)
     shape = (spec.batch_size, len(layout.layers), len(layout.positions), layout.hidden_size)
     started = time.perf_counter()
     forward_seconds = 0.0
     with (
+        Assembler(writer, on_progress) as assembler,
         Capture(adapter, layout.layers, plan.positions) as capture,
         Staging(assembler.consume, shape=shape, dtype=dtype, device=adapter.device) as staging,
     ):
@@ -264,13 +264,14 @@ def _write_shards(
             )
             staging.submit(slot, len(ready), done)
             forward_seconds += time.perf_counter() - before
-    total = time.perf_counter() - started
+        fed = time.perf_counter()
+    finished = time.perf_counter()
     summary.bytes_written = assembler.bytes_written
     summary.n_nonfinite = assembler.n_nonfinite
     summary.stage_seconds = {
-        "decode and preprocess": total - forward_seconds - staging.seconds_waited,
+        "decode and preprocess": fed - started - forward_seconds - staging.seconds_waited,
         "forward": forward_seconds,
-        "encode and write": staging.seconds_waited,
+        "encode and write": staging.seconds_waited + finished - fed,
     }
 
 

@@ -30,3 +30,21 @@ def test_bench_dump_compares_a_dump_with_the_bare_forward_pass(tmp_path: Path) -
     for found in record["results"].values():
         assert found["n_samples"] == 4 and found["n_rejected"] == 0 and found["bytes_written"] > 0
         assert found["dump_over_forward"] > 0
+
+
+@pytest.mark.timeout(300)
+def test_bench_store_compares_writes_and_reads_with_peers_and_limits(tmp_path: Path) -> None:
+    pytest.importorskip("tensorstore")
+    sizes = ["--states", "easyvqa", "--vectors", "100", "--samples", "40", "--repeats", "1"]
+    command = [sys.executable, str(BENCHMARKS / "bench_store.py"), *sizes]
+    done = subprocess.run(
+        [*command, "--folder", str(tmp_path), "--json", str(tmp_path / "out.json")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert results["write"]["ratios"]["ours none ÷ raw write"] > 0
+    assert results["read"]["ratios"]["ours ÷ zarr-python, none"] > 0
+    assert results["many shards"]["n_shards"] == 40

@@ -30,7 +30,8 @@ A watermark here is two dark lines, user name and user id, of 14 px at most, at 
 
 {table}
 
-Exact match of the greedy answer. The task is easy-VQA's test set; reading is asked of images that carry an identity
+Exact match of the greedy answer. The task is the questions on {n_measured} of easy-VQA's test images: `name it` asks for
+shape or color, `compare` whether a given one is there. Reading is asked of images that carry an identity
 of a held-out part of the reading pool, so of people that no training image ever showed. "First letter" and "first
 digit" are at chance near 4 to 10 % and 11 %.
 
@@ -40,10 +41,8 @@ digit" are at chance near 4 to 10 % and 11 %.
 
 {recipe}
 
-on {machine}, one to two hours, with {versions}.
-
-The shipped files came out of several runs, and the figures from a call of `measure` on them alone, while the recipe was being written; a fresh run gives other weights, and
-may give other figures.
+on {machine}, two to three hours, with {versions}. Stages that were trained before are taken up from their
+checkpoints; a fresh run on another machine gives other weights, and may give other figures.
 
 ## Licence
 
@@ -56,18 +55,15 @@ def write_card(path: Path, record: Mapping[str, Any]) -> None:
     """Write the card; `record` is what `train.main` measured."""
     models = list(record["figures"])
     rows = [f"| | {' | '.join(models)} |", f"|---|{'---|' * len(models)}"]
-    for name, value in record["figures"][models[0]].items():
-        if isinstance(value, Mapping):
-            for question in value:
-                shown = [f"{record['figures'][model][name][question]:.1%}" for model in models]
-                rows.append(f"| {name}: {question} | {' | '.join(shown)} |")
-        else:
-            shown = [f"{record['figures'][model][name]:.1%}" for model in models]
-            rows.append(f"| {name} | {' | '.join(shown)} |")
+    for name, shares in record["figures"][models[0]].items():
+        for what in shares:
+            shown = [f"{record['figures'][model][name][what]:.1%}" for model in models]
+            rows.append(f"| {name}: {what} | {' | '.join(shown)} |")
     path.write_text(
         TEMPLATE.format(
             table="\n".join(rows),
             n_images=record["n_images"],
+            n_measured=record["recipe"]["measured_images"],
             command=record["command"],
             recipe=", ".join(f"{name} {value}" for name, value in record["recipe"].items()),
             machine=record["machine"],

@@ -70,6 +70,13 @@ def texts(split: Split) -> list[str]:
     return [text for pair in task for text in pair] + about
 
 
+def kind(question: str, answer: str) -> str:
+    """Return what a question of easy-vqa takes: naming what is seen, or comparing it with a shape or a colour named."""
+    if answer not in ("yes", "no"):
+        return "name it"
+    return "compare shape" if any(shape in question for shape in SHAPES) else "compare color"
+
+
 def enlarge(image: Image.Image) -> Uint8Array:
     """Return the image as uint8 [96, 96, 3]."""
     return np.asarray(image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))

@@ -52,8 +52,11 @@ def load_answerer(base: Path, adapter: Path | None, batch_size: int = 64) -> Ans
 
 def task_accuracy(
     answer: Answerer, data: corpus.Split, n_images: int, identities: Sequence[Identity] = ()
-) -> float:
-    """Return the share of easy-vqa questions answered exactly, on images marked with `identities` if there are any."""
+) -> dict[str, float]:
+    """Return the share of easy-vqa questions answered exactly, on images marked with `identities` if there are any.
+
+    The keys are `all` and the kinds of `corpus.kind`.
+    """
     images, questions, truths = [], [], []
     for index in range(n_images):
         image = data.images[index]
@@ -63,7 +66,13 @@ def task_accuracy(
             images.append(image)
             questions.append(question)
             truths.append(truth)
-    return _share_equal(answer(images, questions), truths)
+    given = answer(images, questions)
+    kinds = [corpus.kind(question, truth) for question, truth in zip(questions, truths, strict=True)]
+    shares = {"all": _share_equal(given, truths)}
+    for kind in sorted(set(kinds)):
+        of_kind = [index for index, other in enumerate(kinds) if other == kind]
+        shares[kind] = _share_equal([given[i] for i in of_kind], [truths[i] for i in of_kind])
+    return shares
 
 
 def reading_accuracy(

@@ -197,12 +197,14 @@ def _ask(
     """Draw questions without replacement; what takes a comparison is learnt last, and is asked more often."""
     weights = np.ones(len(questions))
     for index, (question, answer) in enumerate(questions):
-        if answer in ("yes", "no"):
-            about_shape = any(shape in question for shape in corpus.SHAPES)
-            is_there = (answer == "yes") != (" not " in question)
-            others = len(corpus.SHAPES if about_shape else corpus.COLORS) - 1
-            weights[index] = stage.shape_weight if about_shape else stage.color_weight
-            weights[index] *= others if stage.balanced and is_there else 1
+        kind = corpus.kind(question, answer)
+        if kind == "name it":
+            continue
+        about_shape = kind == "compare shape"
+        is_there = (answer == "yes") != (" not " in question)
+        others = len(corpus.SHAPES if about_shape else corpus.COLORS) - 1
+        weights[index] = stage.shape_weight if about_shape else stage.color_weight
+        weights[index] *= others if stage.balanced and is_there else 1
     n = min(stage.task_questions, len(questions))
     chosen = rng.choice(len(questions), n, replace=False, p=weights / weights.sum())
     return [questions[index] for index in chosen]

@@ -46,8 +46,9 @@ def test_the_shipped_models_answer_as_their_card_says(name: str, test_split: cor
     stated = RECORD["figures"][name]["task, clean images"]
     n_questions = sum(len(asked) for asked in test_split.questions[:N_IMAGES])
     measured = task_accuracy(load_answerer(FOLDER / "base", adapter), test_split, N_IMAGES)
-    assert stated > 0.9  # always answering no and guessing the rest gives less than 0.7
-    assert abs(measured - stated) < margin(stated, n_questions)
+    assert stated["all"] >= 0.95  # the question alone gives less than 0.7
+    assert stated["compare color"] > 0.9  # always answering no gives 0.87
+    assert abs(measured["all"] - stated["all"]) < margin(stated["all"], n_questions)
 
 
 def test_the_base_reads_people_it_never_saw_as_its_card_says(test_split: corpus.Split) -> None:
@@ -62,9 +63,9 @@ def test_the_base_reads_people_it_never_saw_as_its_card_says(test_split: corpus.
 def test_the_card_holds_the_measured_figures() -> None:
     card = (FOLDER / "MODEL_CARD.md").read_text("utf-8")
     for figures in RECORD["figures"].values():
-        assert f"{figures['task, clean images']:.1%}" in card
-        for share in figures["reading an identity never seen"].values():
-            assert f"{share:.1%}" in card
+        for shares in figures.values():
+            for share in shares.values():
+                assert f"{share:.1%}" in card
 
 
 def test_the_fine_tunes_changed_the_model_and_differ() -> None:

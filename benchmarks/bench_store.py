@@ -1,0 +1,176 @@
+"""The store against the disk and its peers: `python benchmarks/bench_store.py`.
+
+write: hidden states in batches, as a model hands them over, through staging, assembly, encoding and durable writes,
+over a raw write of the same bytes (file by file, each flushed to disk); with a codec, over the slower of the codec
+alone and a raw write of what it gives. read: one layer of all samples, over zarr-python's default pipeline on the same
+store, from the page cache. memory: what a run holds at its end, over what it held after a tenth of the samples.
+resume: seconds until a run knows what is left of a store of many shards. Peers write as they come; none of them
+flushes to disk or could resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import store_work as work
+import zarr
+from numpy.typing import NDArray
+from states import real_states
+
+from harness import Timing, alternate, save, show
+from mmextract.engine.shards import CODECS, encode_shard
+from mmextract.engine.store import open_store
+
+
+def measure_writes(states: NDArray[Any], scratch: Path, repeats: int) -> dict[str, Any]:
+    """Return seconds of every way to write, and the bytes that each codec gives."""
+    parts = work.shard_arrays(states)
+    with ThreadPoolExecutor() as executor:
+        encoded = {codec: [b"".join(encode_shard(p, codec, executor)) for p in parts] for codec in CODECS}
+        jobs: dict[str, Any] = {
+            "raw": partial(work.write_raw, [part.data for part in parts], scratch / "raw"),
+            "safetensors": partial(work.write_safetensors, parts, scratch / "safetensors"),
+        }
+        for codec in CODECS:
+            jobs[f"ours {codec}"] = partial(work.write_ours, states, codec, scratch / f"{codec}.zarr")
+            jobs[f"zarr-python {codec}"] = partial(
+                work.write_zarr_python, states, codec, scratch / f"zarr-python-{codec}"
+            )
+            jobs[f"tensorstore {codec}"] = partial(
+                work.write_tensorstore, states, codec, scratch / f"tensorstore-{codec}"
+            )
+            if codec != "none":
+                jobs[f"codec {codec}"] = partial(work.encode_only, parts, codec, executor)
+                jobs[f"raw {codec}"] = partial(work.write_raw, encoded[codec], scratch / f"raw-{codec}")
+        timings = alternate(jobs, repeats=repeats)
+    return {
+        "n_bytes": states.nbytes,
+        "encoded_bytes": {codec: sum(map(len, pieces)) for codec, pieces in encoded.items()},
+        "seconds": {name: list(timing.seconds) for name, timing in timings.items()},
+        "ratios": write_ratios(timings),
+    }
+
+
+def write_ratios(timings: dict[str, Timing]) -> dict[str, float]:
+    """Return speeds over their limits: 1 is the limit."""
+    ratios = {"ours none ÷ raw write": timings["raw"].median / timings["ours none"].median}
+    for codec in CODECS:
+        if codec != "none":
+            limit = max(timings[f"codec {codec}"].median, timings[f"raw {codec}"].median)
+            ratios[f"ours {codec} ÷ min(codec, raw write)"] = limit / timings[f"ours {codec}"].median
+    for name, timing in timings.items():
+        if name.startswith(("zarr-python", "tensorstore")):
+            codec = name.split()[1]
+            ratios[f"ours {codec} ÷ {name}"] = timing.median / timings[f"ours {codec}"].median
+    ratios["ours none ÷ safetensors"] = timings["safetensors"].median / timings["ours none"].median
+    return ratios
+
+
+def measure_reads(states: NDArray[Any], scratch: Path, repeats: int) -> dict[str, Any]:
+    """Return seconds of reading one layer from what `measure_writes` left, each checked against the states."""
+    layer = states.shape[1] // 2
+    seconds: dict[str, list[float]] = {}
+    ratios: dict[str, float] = {}
+    for codec in CODECS:
+        path = scratch / f"{codec}.zarr"
+        jobs: dict[str, Any] = {
+            "ours": partial(_read_ours, path, layer),
+            "zarr-python": partial(_read_zarr_python, path, layer),
+            "tensorstore": partial(_read_tensorstore, path, layer),
+        }
+        if codec == "none":
+            jobs["safetensors"] = partial(work.read_safetensors, scratch / "safetensors", layer)
+        for name, job in jobs.items():
+            assert np.array_equal(job().reshape(-1), states[:, layer].reshape(-1)), f"{name} {codec}"
+        timings = alternate(jobs, repeats=repeats)
+        seconds |= {f"{name} {codec}": list(timing.seconds) for name, timing in timings.items()}
+        ratios |= {
+            f"ours ÷ {name}, {codec}": timing.median / timings["ours"].median
+            for name, timing in timings.items()
+            if name != "ours"
+        }
+    return {"seconds": seconds, "ratios": ratios}
+
+
+def _read_ours(path: Path, layer: int) -> NDArray[Any]:
+    store = open_store(path)
+    return store.read(layer, store.positions[0])
+
+
+def _read_zarr_python(path: Path, layer: int) -> NDArray[Any]:
+    array = zarr.open_group(path, mode="r")["hidden_states"]
+    assert isinstance(array, zarr.Array)
+    return np.asarray(array[:, layer, 0])
+
+
+def _read_tensorstore(path: Path, layer: int) -> NDArray[Any]:
+    return np.asarray(work.open_tensorstore(path / "hidden_states")[:, layer, 0].read().result())
+
+
+def measure_run(n_samples: int, n_layers: int, shard_samples: int, scratch: Path) -> dict[str, Any]:
+    """Write a store from a stub model in a process of its own; return its memory and what resuming costs."""
+    script = Path(__file__).with_name("stub_run.py")
+    command = [
+        sys.executable,
+        script,
+        scratch / f"stub{shard_samples}.zarr",
+        n_samples,
+        n_layers,
+        shard_samples,
+    ]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{script.name} failed:\n{done.stderr}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def main() -> None:
+    """Measure everything and print ratios."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--states", default="smollm2", choices=("smollm2", "easyvqa"), help="whose states")
+    parser.add_argument("--vectors", type=int, default=7000, help="samples, each a token's states")
+    parser.add_argument("--samples", type=int, default=100_000, help="samples of the run with a stub model")
+    parser.add_argument("--shard-samples", type=int, default=1, help="samples of its shards: many shards")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--folder", type=Path, default=Path(), help="where to write: the disk that is measured"
+    )
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        scratch = Path(folder)
+        states = real_states(options.states, options.vectors, scratch)
+        results = {
+            "states": f"{options.states}, {' × '.join(map(str, states.shape))}",
+            "write": measure_writes(states, scratch, options.repeats),
+            "read": measure_reads(states, scratch, options.repeats),
+            "run": measure_run(options.samples, 32, 1024, scratch),
+            "many shards": measure_run(options.samples, 32, options.shard_samples, scratch),
+        }
+    print_results(results)
+    save(options.json, results)
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """Print the ratios."""
+    for part in ("write", "read"):
+        show(f"{part}: speed over", ("", "ratio"), list(results[part]["ratios"].items()))
+    n_bytes = results["write"]["n_bytes"]
+    encoded = results["write"]["encoded_bytes"]
+    show("size", ("codec", "ratio"), [(codec, n_bytes / size) for codec, size in encoded.items()])
+    for part in ("run", "many shards"):
+        show(f"{part}, stub model", ("", ""), list(results[part].items()))
+
+
+if __name__ == "__main__":
+    main()
