@@ -96,3 +96,13 @@ def test_export_goes_by_the_ending_of_the_file(run: Run, store: Path) -> None:
     assert "exists" in run("export", store, "-o", store.parent / "a.npz").err
     unknown = run("export", store, "-o", store.parent / "a.bin")
     assert unknown.code == 2 and "--format" in unknown.err
+
+
+def test_a_store_that_cannot_be_written_is_looked_at_all_the_same(run: Run, store: Path) -> None:
+    flip(store / "hidden_states/c/1/0/0/0")
+    (store / ".zarr.json.partial").mkdir()  # stands in the way of any write, for root too
+    before = tree(store)
+    ran = run("verify", store)
+    assert ran.code == 1 and "shard 1: hidden_states" in ran.out
+    assert "cannot be written, so that nothing could be withdrawn" in ran.err
+    assert tree(store) == before

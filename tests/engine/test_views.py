@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from tests.faults.small_store import make_layout, run
 
 def test_a_dask_array_reads_only_what_is_asked_of_it(tmp_path: Path) -> None:
     run(tmp_path / "a")
-    lazy = open_store(tmp_path / "a").to_dask(0, "last")
+    lazy: Any = open_store(tmp_path / "a").to_dask(0, "last")
     (tmp_path / "a/hidden_states/c/0/0/0/0").unlink()
     assert lazy.chunks == ((3, 3, 3, 2), (8,))
     assert not np.isnan(lazy[6:9].compute(scheduler="sync")).any()
@@ -27,7 +28,8 @@ def test_what_is_not_committed_is_nan(tmp_path: Path) -> None:
     run(tmp_path / "a", stop_after=2, layout=make_layout("bfloat16"))
     store = open_store(tmp_path / "a")
     expected = np.array([False] * 4 + [True] * 7)
-    assert (np.isnan(store.to_dask(3, "image").compute(scheduler="sync")).all(1) == expected).all()
+    lazy: Any = store.to_dask(3, "image")
+    assert (np.isnan(lazy.compute(scheduler="sync")).all(1) == expected).all()
     tensor = store.to_torch(3, "image")
     assert tensor.dtype == torch.bfloat16
     assert (tensor.isnan().all(1).numpy() == expected).all()
