@@ -134,7 +134,7 @@ def test_verify_finds_what_happened_to_a_file_and_the_same_run_repairs_it(
 @pytest.mark.timeout(3600)
 def test_every_case_of_row_f(tmp_path: Path, stores: Stores) -> None:
     counts = check_cases(tmp_path / "a", stores, range(3200))
-    record("F", {"cases": sum(counts.values()), "losses": 0, "seeds": "0–3199", "faults": counts})
+    record("F", {"cases": sum(counts.values()), "losses": 0, "seeds": "0-3199", "faults": counts})
 
 
 def test_the_root_and_every_kind_of_object_are_among_the_cases(stores: Stores) -> None:
