@@ -1,4 +1,4 @@
-"""Make the golden stores: `python tests/golden/make.py tests/golden/v1`, once a release, into a folder that is new.
+"""Make the golden stores: `python -m tests.golden.make tests/golden/v1`, once a release, into a folder that is new.
 
 They are never made again: what this version wrote must open for ever, and hold what is written down here.
 """
