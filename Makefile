@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types pytest clean
+.PHONY: demo test lint types pytest test-faults clean
 
 demo: .venv/installed
 	$(BIN)/mmextract dump --layers all
@@ -20,6 +20,10 @@ types: .venv/installed-test
 
 pytest: .venv/installed-test
 	$(BIN)/pytest -n auto
+
+test-faults: .venv/installed-test
+	MMEXTRACT_FAULTS_JSON=benchmarks/results/faults.json $(BIN)/pytest -n auto -m faults
+	MMEXTRACT_FAULTS_JSON=benchmarks/results/faults.json $(BIN)/pytest tests/engine/test_interoperability.py
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

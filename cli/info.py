@@ -30,7 +30,8 @@ def info(store: Path, as_json: bool) -> None:
     opened = open_store(store)
     record = _describe(opened)
     if as_json:
-        click.echo(json.dumps({**record, "attributes": opened.attributes}, indent=1))
+        attributes = {name: value for name, value in opened.attributes.items() if name != "digests"}
+        click.echo(json.dumps({**record, "attributes": attributes}, indent=1))
         return
     for name, value in record.items():
         text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -38,15 +39,17 @@ def info(store: Path, as_json: bool) -> None:
 
 
 def _describe(store: Store) -> dict[str, Any]:
-    on_disk = store.objects.count_bytes("hidden_states")
+    on_disk = _bytes_of_committed(store)
     run: Any = store.attributes.get("run", {})
     model = run.get("model", {})
     committed = store.n_samples - store.missing
     raw = committed * store.hidden_states.nbytes // store.n_samples
-    n_rejected = int((store.columns["rejected"] != "").sum())
+    n_rejected = int(((store.columns["rejected"] != "") & store.committed).sum())
+    unfinished = "incomplete: the same `mmextract dump` again continues it"
     return {
         "store": store.url,
         "samples": f"{store.n_samples} ({committed} committed, {store.missing} missing, {n_rejected} rejected)",
+        "state": "complete" if store.finished else unfinished,
         "layers": [("embed" if layer < 0 else int(layer)) for layer in store.layers],
         "positions": store.positions if len(store.positions) <= 16 else f"{len(store.positions)} tokens",
         "hidden size": store.hidden_size,
@@ -57,3 +60,11 @@ def _describe(store: Store) -> dict[str, Any]:
         "data": " ".join(str(value) for value in run.get("data", {}).values()),
         "watermark": json.dumps(run.get("watermark")),
     }
+
+
+def _bytes_of_committed(store: Store) -> int:
+    """Return the size of the hidden states that count: not of what a run has left, or `verify` has withdrawn."""
+    written = {int(name) for name in store.objects.list("hidden_states/c")}
+    other = sorted(written - set(store.committed_shards.tolist()))
+    without = sum(store.objects.count_bytes(f"hidden_states/c/{shard}") for shard in other)
+    return store.objects.count_bytes("hidden_states/c") - without

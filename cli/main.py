@@ -16,9 +16,11 @@ import rich_click as click
 
 from mmextract.cli.doctor import doctor
 from mmextract.cli.dump import dump
+from mmextract.cli.export import export
 from mmextract.cli.identities import identities
 from mmextract.cli.info import info
 from mmextract.cli.probe import probe
+from mmextract.cli.verify import verify
 from mmextract.cli.watermark import watermark
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -64,7 +66,7 @@ def group() -> None:
     """
 
 
-for command in (dump, probe, watermark, identities, info, doctor):
+for command in (dump, probe, watermark, identities, info, verify, export, doctor):
     group.add_command(command)
 
 

@@ -20,6 +20,7 @@ from zarr.errors import ZarrUserWarning
 from zarr.storage import MemoryStore
 
 from mmextract.engine import shards
+from mmextract.engine.integrity import ROOT, digests_of, fingerprint, seal, sealed_digests
 
 FORMAT = 1
 COLUMN_CHUNK = 1 << 16
@@ -86,11 +87,20 @@ class Layout:
         return np.full((self.shard_samples, len(self.record_fields)), -1, np.int64)
 
 
+def shard_keys(shard: int) -> tuple[str, str, str]:
+    """Return the objects of a shard in the order of its digest; the last is there only if samples were rejected."""
+    return f"hidden_states/c/{shard}/0/0/0", f"record/c/{shard}/0", f"rejected/c/{shard}"
+
+
 def first_objects(layout: Layout, columns: Columns, attributes: Mapping[str, Any]) -> dict[str, bytes]:
-    """Return key → bytes of a store without samples: its metadata and what is known of each sample."""
+    """Return key → bytes of a store without samples: its metadata and what is known of each sample.
+
+    attributes: must hold `run`, as that of `writer.open_writer`.
+    """
     memory: dict[str, Buffer] = {}
     plain = {"mmextract_format": FORMAT, "dtype": layout.dtype, "codec": layout.codec, **to_plain(attributes)}
     group = zarr.create_group(MemoryStore(memory), zarr_format=3, attributes=plain)
+    run = fingerprint(plain["run"])
     _create_states(group, layout)
     n_fields = len(layout.record_fields)
     group.create_array(
@@ -101,7 +111,7 @@ def first_objects(layout: Layout, columns: Columns, attributes: Mapping[str, Any
         fill_value=-1,
         compressors=None,
         dimension_names=("sample", "record_field"),
-        attributes={"fields": list(layout.record_fields)},
+        attributes={"fields": list(layout.record_fields), "run": run},
     )
     group.create_array(
         "rejected",
@@ -119,12 +129,15 @@ def first_objects(layout: Layout, columns: Columns, attributes: Mapping[str, Any
         fill_value=0,
         compressors=None,
         dimension_names=("shard",),
+        attributes={"digest": "xxh3-64 of the shard's objects, seeded with run + shard number", "run": run},
     )
     _write_column(group, "layer", np.asarray(layout.layers, np.int32), dimension="layer")
     _write_column(group, "position", list(layout.positions), dimension="position")
     for name, values in columns.items():
         _write_column(group, name, values)
-    return _to_bytes(memory)
+    objects = _to_bytes(memory)
+    root = json.loads(objects.pop(ROOT))
+    return {**objects, ROOT: seal(root, digests_of(objects))}
 
 
 def last_objects(metadata: Mapping[str, bytes], columns: Columns) -> dict[str, bytes]:
@@ -141,7 +154,9 @@ def last_objects(metadata: Mapping[str, bytes], columns: Columns) -> dict[str, b
     with warnings.catch_warnings():  # xarray opens a consolidated v3 group faster, and silently
         warnings.filterwarnings("ignore", "Consolidated metadata", ZarrUserWarning)
         zarr.consolidate_metadata(store)
-    return {key: data for key, data in _to_bytes(memory).items() if metadata.get(key) != data}
+    made = {key: data for key, data in _to_bytes(memory).items() if metadata.get(key) != data}
+    root = json.loads(made.pop(ROOT, metadata[ROOT]))
+    return {**made, ROOT: seal(root, {**sealed_digests(root), **digests_of(made)})}
 
 
 def _to_bytes(memory: Mapping[str, Buffer]) -> dict[str, bytes]:

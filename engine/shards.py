@@ -86,9 +86,22 @@ def _crc(data: bytes) -> bytes:
     return checksum.to_bytes(4, "little")
 
 
-def digest(objects: Iterable[Sequence[bytes]]) -> int:
-    """Return the xxh3-64 of the objects' bytes, one after the other."""
-    state = xxhash.xxh3_64()
+def damaged_chunks(data: bytes, n_chunks: int) -> list[int]:
+    """Return the inner chunks of a whole shard whose checksum is wrong. Raises ValueError if its index is damaged."""
+    index = data[-index_size(n_chunks) :]
+    damaged = []
+    for chunk in range(n_chunks):
+        offset, size = find_chunk(index, chunk)
+        try:
+            _without_crc(data[offset : offset + size])
+        except ValueError:
+            damaged.append(chunk)
+    return damaged
+
+
+def digest(objects: Iterable[Sequence[bytes]], *, seed: int) -> int:
+    """Return the xxh3-64 of the objects' bytes, one after the other. seed: see `integrity.shard_seed`."""
+    state = xxhash.xxh3_64(seed=seed)
     for pieces in objects:
         for piece in pieces:
             state.update(piece)

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmextract.engine import shards
-from mmextract.engine.layout import Columns, Layout, first_objects, last_objects, to_plain
+from mmextract.engine.integrity import (
+    ROOT,
+    Identity,
+    digests_of,
+    fingerprint,
+    identify,
+    is_finished,
+    lost_or_changed,
+    root_last,
+    sealed_digests,
+    shard_seed,
+    unseal,
+)
+from mmextract.engine.layout import Columns, Layout, first_objects, last_objects, shard_keys, to_plain
 from mmextract.engine.objects import Objects, locate
 from mmextract.engine.store import read_attributes
-
-ROOT = "zarr.json"
 
 
 class OtherRunError(ValueError):
@@ -48,14 +60,15 @@ class StoreWriter:
         """
         encoded = shards.encode_shard(states, self.layout.codec, self.executor)
         parts = [encoded, [np.ascontiguousarray(records, "<i8").tobytes()]]
-        keys = [f"hidden_states/c/{shard}/0/0/0", f"record/c/{shard}/0"]
         if rejected:
             reasons = [rejected.get(row, "") for row in range(self.layout.shard_samples)]
             parts.append([_encode_strings(reasons)])
-            keys.append(f"rejected/c/{shard}")
-        for key, pieces in zip(keys, parts, strict=True):
+        else:  # an earlier attempt at this shard may have rejected some
+            self.objects.delete(shard_keys(shard)[2])
+        for key, pieces in zip(shard_keys(shard), parts, strict=False):
             self.objects.put(key, pieces)
-        self.objects.put(f"shard_digest/c/{shard}", [shards.digest(parts).to_bytes(8, "little")])
+        digest = shards.digest(parts, seed=shard_seed(self._run, shard))
+        self.objects.put(f"shard_digest/c/{shard}", [digest.to_bytes(8, "little")])
         return sum(map(len, encoded))
 
     def rejected(self) -> dict[int, str]:
@@ -69,21 +82,42 @@ class StoreWriter:
 
     def finalised(self) -> bool:
         """Tell whether `finalise` has been through."""
-        return "consolidated_metadata" in json.loads(self._get(ROOT))
+        return is_finished(json.loads(self._get(ROOT)))
 
     def finalise(self) -> None:
-        """Copy the records into columns of their own and consolidate the metadata, once every shard is committed."""
+        """Copy the records into columns of their own and consolidate the metadata, once every shard is committed.
+
+        Raises ValueError or FileNotFoundError if the metadata are damaged: nothing is built on them.
+        """
         assert len(self.committed()) == self.layout.n_shards
         records = np.concatenate(list(self.executor.map(self._records, range(self.layout.n_shards))))
         columns = {
             name: values.view(np.uint64) if name.endswith("_hash") else values
             for name, values in zip(self.layout.record_fields, np.ascontiguousarray(records.T), strict=True)
         }
-        arrays = (f"{name}/{ROOT}" for name in sorted(self.objects.list("")) if name not in (ROOT, *columns))
-        metadata = {key: self._get(key) for key in (ROOT, *arrays)}
-        made = last_objects(metadata, columns)
-        for key in sorted(made, key=lambda key: key == ROOT):  # the root is what says that it is finished
+        made = last_objects(self._metadata(set(columns)), columns)
+        for key in root_last(made):  # the root is what says that it is finished
             self.objects.put(key, [made[key]])
+
+    def _metadata(self, without: set[str]) -> dict[str, bytes]:
+        """Return key → `zarr.json` of the group and its arrays, those named left out, each what its digest says."""
+        root = self._get(ROOT)
+        digests = sealed_digests(unseal(root))
+        arrays = [name for name, _, key in (key.partition("/") for key in digests) if key == ROOT]
+        keys = [f"{name}/{ROOT}" for name in arrays if name not in without]
+        metadata = {key: self._get(key) for key in keys}
+        found = digests_of(metadata)
+        changed = [key for key in keys if found[key] != digests[key]]
+        if changed:
+            raise ValueError(
+                f"{', '.join(changed)} of {self.objects.url} changed during the run: run it again, to repair that"
+            )
+        return {ROOT: root, **metadata}
+
+    @cached_property
+    def _run(self) -> str:
+        """The run's fingerprint, which is written beside the digests."""
+        return str(json.loads(self._get(f"shard_digest/{ROOT}"))["attributes"]["run"])
 
     def _records(self, shard: int) -> NDArray[np.int64]:
         """Return int64 [rows of the shard, F]."""
@@ -109,20 +143,45 @@ def open_writer(
     columns: known before the run, one value a sample. attributes: everything that decides the store's bytes; must
     hold `run`, a JSON-able mapping, by whose equality two runs are the same.
 
+    Metadata and columns that are damaged or missing are put back; the store is then to be finalised again. Columns
+    are not read for this: of their damage this sees what `verify` removed.
+
     Raises OtherRunError, with what differs, if another run began it; ValueError if something else is at `place`.
     """
     objects = locate(place)
-    if objects.occupied():
-        differences = _differences(read_attributes(objects).get("run"), to_plain(attributes["run"]))
-        if differences:
-            raise OtherRunError(
-                f"{objects.url} was made by another run, and is left as it is. What differs:\n  "
-                + "\n  ".join(differences)
-                + "\nGive another -o, or remove it."
-            )
-    else:
+    if not objects.occupied():
         objects.create(first_objects(layout, columns, attributes), last=ROOT)
+        return StoreWriter(layout=layout, objects=objects, executor=executor)
+    identity = identify(objects)
+    _refuse_other(objects, identity, to_plain(attributes["run"]))
+    if identity.digests is None or lost_or_changed(objects, identity.digests, executor):
+        first = first_objects(layout, columns, identity.attributes or attributes)
+        for key in root_last(first):  # so that an interrupted repair is taken up again
+            if objects.get(key) != first[key]:
+                objects.put(key, [first[key]])
     return StoreWriter(layout=layout, objects=objects, executor=executor)
+
+
+def _refuse_other(objects: Objects, identity: Identity, run: Mapping[str, Any]) -> None:
+    """Raise OtherRunError unless most of root and copies say that `run` made the store; ValueError if nothing does."""
+    if identity.root is not None or not identity.copies:
+        read_attributes(objects)  # raises if it is no store, or one that this version does not know
+    if identity.run == fingerprint(run):
+        return
+    if identity.root is None:
+        raise OtherRunError(
+            f"{objects.url} is left as it is: its {ROOT} is damaged ({identity.why}), and what is left of the store "
+            f"{'belongs to another run' if identity.run else 'does not say which run made it'}.\n"
+            "Give the arguments of the run that made it, to repair it; or another -o."
+        )
+    differences = _differences(identity.root["attributes"].get("run"), run) or [
+        f"{ROOT} is of this run, but {', '.join(identity.copies)} beside it are not"
+    ]
+    raise OtherRunError(
+        f"{objects.url} was made by another run, and is left as it is. What differs:\n  "
+        + "\n  ".join(differences)
+        + "\nGive another -o, or remove it."
+    )
 
 
 def _encode_strings(values: Sequence[str]) -> bytes:

@@ -15,6 +15,7 @@ import xxhash
 import zarr
 
 from mmextract.engine.assembly import to_numpy
+from mmextract.engine.integrity import fingerprint, shard_seed
 from mmextract.engine.layout import Layout
 from mmextract.engine.store import open_store
 from mmextract.engine.writer import OtherRunError, StoreWriter, open_writer
@@ -120,7 +121,15 @@ def test_a_digest_covers_every_object_of_its_shard(tmp_path: Path, executor: Thr
     for shard, digest in enumerate(digests):
         keys = [f"hidden_states/c/{shard}/0/0/0", f"record/c/{shard}/0", f"rejected/c/{shard}"]
         data = b"".join(writer.objects.get(key) or b"" for key in keys)
-        assert digest == xxhash.xxh3_64_intdigest(data)
+        run = fingerprint({"model": {"a": 1, "b": [2]}})
+        assert digest == xxhash.xxh3_64_intdigest(data, seed=shard_seed(run, shard))
+
+
+def test_reasons_of_an_earlier_attempt_do_not_stay(tmp_path: Path, executor: ThreadPoolExecutor) -> None:
+    writer = open_new(tmp_path / "a.zarr", executor)
+    write(writer, 0, {2: "out of reach for a while"})
+    write(writer, 0)
+    assert not writer.rejected() and writer.objects.get("rejected/c/0") is None
 
 
 def test_what_has_no_digest_does_not_exist(tmp_path: Path, executor: ThreadPoolExecutor) -> None:

@@ -1,0 +1,108 @@
+"""`verify`, `info` and `export` as the shell calls them, on a store of the real writer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.cli.conftest import Ran
+from tests.faults.small_store import run as write_store
+from tests.faults.small_store import tree
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """A finished store of four shards."""
+    write_store(tmp_path / "a.zarr")
+    return tmp_path / "a.zarr"
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_sound_store_is_sound(run: Run, store: Path) -> None:
+    before = tree(store)
+    ran = run("verify", store)
+    assert ran.code == 0 and "is sound. 4 of 4 shards" in ran.out
+    assert tree(store) == before
+
+
+def test_bad_shards_are_named_and_withdrawn_and_the_same_run_repairs_them(run: Run, store: Path) -> None:
+    before = tree(store)
+    flip(store / "hidden_states/c/1/0/0/0")
+    (store / "record/c/2/0").unlink()
+    (store / "age/c/0").write_bytes(b"")
+    ran = run("verify", store)
+    assert ran.code == 1
+    assert "2 shards and 1 objects of metadata and columns" in ran.out
+    assert "shard 1: hidden_states/c/1/0/0/0: damaged at index" in ran.out
+    assert "shard 2: record/c/2/0: it is missing" in ran.out and "age/c/0: it is not what was" in ran.out
+    assert write_store(store) == [1, 2]
+    assert tree(store) == before
+    assert run("verify", store).code == 0
+
+
+def test_read_only_changes_nothing(run: Run, store: Path) -> None:
+    flip(store / "hidden_states/c/1/0/0/0")
+    before = tree(store)
+    ran = run("verify", store, "--read-only", "--json")
+    record = json.loads(ran.out)
+    assert ran.code == 1 and record["bad_shards"] == [1] and not record["withdrawn"] and not record["sound"]
+    assert record["damage"][0]["key"] == "hidden_states/c/1/0/0/0"
+    assert tree(store) == before
+
+
+def test_a_store_that_is_not_finished_is_not_sound(run: Run, tmp_path: Path) -> None:
+    write_store(tmp_path / "part.zarr", stop_after=2)
+    ran = run("verify", tmp_path / "part.zarr")
+    assert ran.code == 1 and "sound so far, and incomplete. 2 of 4 shards" in ran.out
+
+
+def test_what_is_no_store_is_said(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    assert "not a store of mmextract" in run("verify", tmp_path / "folder").err
+    assert "there is no store" in run("verify", tmp_path / "nothing").err
+
+
+def test_info_and_probe_say_that_a_withdrawn_store_is_incomplete(run: Run, store: Path) -> None:
+    whole = json.loads(run("info", store, "--json").out)
+    assert whole["state"] == "complete" and "digests" not in whole["attributes"]
+    flip(store / "hidden_states/c/0/0/0/0")
+    run("verify", store)
+    record = json.loads(run("info", store, "--json").out)
+    assert record["state"].startswith("incomplete")
+    assert record["samples"] == "11 (8 committed, 3 missing, 2 rejected)"
+    ratio, whole_ratio = (float(text.split(", ")[1].split()[0]) for text in (record["size"], whole["size"]))
+    assert ratio == pytest.approx(whole_ratio, rel=0.1)
+    ran = run("probe", store, "--label", "age", "-o", store.parent / "probe")
+    assert ran.code == 1 and "3 of 11 samples are missing" in ran.err
+
+
+def test_export_goes_by_the_ending_of_the_file(run: Run, store: Path) -> None:
+    ran = run(
+        "export", store, "-o", store.parent / "a.npz", "--layers", "embed,3", "--position", "last", "--json"
+    )
+    assert ran.code == 0 and json.loads(ran.out)["layers"] == ["embed", "layer_3"]
+    assert np.load(store.parent / "a.npz")["layer_3"].shape == (11, 8)
+    assert "exists" in run("export", store, "-o", store.parent / "a.npz").err
+    unknown = run("export", store, "-o", store.parent / "a.bin")
+    assert unknown.code == 2 and "--format" in unknown.err
+
+
+def test_a_store_that_cannot_be_written_is_looked_at_all_the_same(run: Run, store: Path) -> None:
+    flip(store / "hidden_states/c/1/0/0/0")
+    (store / ".zarr.json.partial").mkdir()  # stands in the way of any write, for root too
+    before = tree(store)
+    ran = run("verify", store)
+    assert ran.code == 1 and "shard 1: hidden_states" in ran.out
+    assert "cannot be written, so that nothing could be withdrawn" in ran.err
+    assert tree(store) == before
