@@ -6,7 +6,6 @@ and what shall go wrong below which folder. Every run is a real process, that ca
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import signal
@@ -67,16 +66,13 @@ class Launcher:
         self._server.wait()
 
     def start(self, request: Request) -> int:
-        """Start a run and return its process number; `wait` must follow."""
-        assert self._server.stdin is not None
+        """Start a run and return its process number, which is its own until `wait`, which must follow."""
         self._request = request
-        self._server.stdin.write(b64encode(pickle.dumps(request)).decode() + "\n")
-        self._server.stdin.flush()
-        return int(self._answer())
+        return self._ask(b64encode(pickle.dumps(request)).decode())
 
     def wait(self) -> Left:
         """Wait for the run that was started."""
-        code = int(self._answer())
+        code = self._ask("wait")
         out, err = (path.read_text("utf-8") for path in _outputs(self._request.folder))
         return Left(code=code, out=out, err=err)
 
@@ -85,11 +81,13 @@ class Launcher:
         self.start(request)
         return self.wait()
 
-    def _answer(self) -> str:
-        assert self._server.stdout is not None
+    def _ask(self, line: str) -> int:
+        assert self._server.stdin is not None and self._server.stdout is not None
+        self._server.stdin.write(f"{line}\n")
+        self._server.stdin.flush()
         answer = self._server.stdout.readline()
         assert answer, "the server of the fault matrix has died"
-        return str(json.loads(answer))
+        return int(answer)
 
 
 def _outputs(folder: Path) -> tuple[Path, Path]:
@@ -101,13 +99,13 @@ def _serve() -> None:
 
     assert "torch" not in sys.modules
     assert workload.run
-    for line in sys.stdin:
+    while line := sys.stdin.readline():
         process = os.fork()
         if process == 0:
             _become(pickle.loads(b64decode(line)))
         print(process, flush=True)
-        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        print(status, flush=True)
+        sys.stdin.readline()  # until the client waits for it, the process keeps its number, alive or not
+        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
 
 
 def _become(request: Request) -> None:
