@@ -34,7 +34,7 @@ def test_after_each_of_many_losses_of_power_what_was_promised_is_there(disks: Di
 
 
 def test_the_recorded_operations_are_all_that_a_run_does(disks: Disks) -> None:
-    _, log = _recorded(disks, seed=None)
+    _, log = _recorded(disks, [])
     disk = Disk(disks.scratch / "recorded")
     for entry in log:
         if isinstance(entry, Operation):
@@ -44,12 +44,18 @@ def test_the_recorded_operations_are_all_that_a_run_does(disks: Disks) -> None:
 
 def _row(disks: Disks, n_images: int) -> None:
     logs: dict[int, list[Any]] = {}
+    changes = [entry for entry in _recorded(disks, [])[1] if isinstance(entry, Operation)]
+    steps = range(len(changes))
+    made = ("mkdir", "rename")  # a run that is killed now leaves a name that is not safe, and that the next run finds
+    flushes = [at for at in steps if changes[at].kind == "fsync_folder" and changes[at - 1].kind in made]
 
     def lose_power(seed: int) -> None:
         run = seed // IMAGES_OF_A_RUN
         if run not in logs:
             logs.clear()
-            logs[run] = _recorded(disks, run)[1]
+            kills = random.Random(run)
+            at = [kills.choice(kills.choice((steps, flushes))) for _ in range(run % 3)]
+            logs[run] = _recorded(disks, [Exit(at=step) for step in at])[1]
         chance = random.Random(seed)
         image, promised = _image(disks.scratch / "recorded", logs[run], chance)
         disk = disks.new("image")
@@ -65,17 +71,13 @@ def _row(disks: Disks, n_images: int) -> None:
     sweep("C", range(n_images), lose_power)
 
 
-def _recorded(disks: Disks, seed: int | None) -> tuple[Path, list[Any]]:
-    """Return a disk after a run, and all that was done to it; with a seed, runs before it were killed at some step."""
+def _recorded(disks: Disks, exits: Sequence[Exit]) -> tuple[Path, list[Any]]:
+    """Return a disk after a run, and after others before it that were killed, and all that was done to it."""
     disk = disks.new("recorded")
     path = disk.with_suffix(".log")
     path.unlink(missing_ok=True)
-    log: list[Any] = []
-    chance = random.Random(seed)
-    n_kills = 0 if seed is None else seed % 3
-    for _ in range(n_kills):
-        left = disks.run(disk, Exit(at=chance.randrange(200)), path)
-        assert left.code in (KILLED, WITH_REJECTED)
+    for fault in exits:
+        assert disks.run(disk, fault, path).code in (KILLED, WITH_REJECTED)
     assert disks.run(disk, log=path).code == WITH_REJECTED
     log = [*read_log(path), FINISHED]
     return disk, [entry for entry in log if not isinstance(entry, Operation) or entry.kind in CHANGES]
@@ -85,7 +87,7 @@ def _image(root: Path, log: Sequence[Any], chance: random.Random) -> tuple[dict[
     """Return what a loss of power at some moment may leave, and the promises that had been made by then."""
     disk = Disk(root)
     promised: set[Any] = set()
-    for entry in log[: chance.randrange(len(log) + 1)]:
+    for entry in log[: chance.choice((chance.randrange(len(log)), len(log)))]:
         if isinstance(entry, Operation):
             disk.apply(entry)
         else:
