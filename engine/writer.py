@@ -74,10 +74,10 @@ class StoreWriter:
     def finalise(self) -> None:
         """Copy the records into columns of their own and consolidate the metadata, once every shard is committed."""
         assert len(self.committed()) == self.layout.n_shards
-        records = np.concatenate(list(self.executor.map(self._records, range(self.layout.n_shards))))
+        records = self._records()
         columns = {
             name: values.view(np.uint64) if name.endswith("_hash") else values
-            for name, values in zip(self.layout.record_fields, np.ascontiguousarray(records.T), strict=True)
+            for name, values in zip(self.layout.record_fields, records, strict=True)
         }
         arrays = (f"{name}/{ROOT}" for name in sorted(self.objects.list("")) if name not in (ROOT, *columns))
         metadata = {key: self._get(key) for key in (ROOT, *arrays)}
@@ -85,10 +85,21 @@ class StoreWriter:
         for key in sorted(made, key=lambda key: key == ROOT):  # the root is what says that it is finished
             self.objects.put(key, [made[key]])
 
-    def _records(self, shard: int) -> NDArray[np.int64]:
-        """Return int64 [rows of the shard, F]."""
-        data = np.frombuffer(self._get(f"record/c/{shard}/0"), "<i8")
-        return data.reshape(self.layout.shard_samples, -1)[: len(self.layout.rows(shard))]
+    def _records(self) -> NDArray[np.int64]:
+        """Return int64 [F, n_samples], read in threads by blocks: a task a shard would cost more than its reading."""
+        found = np.empty((len(self.layout.record_fields), self.layout.n_samples), np.int64)
+        block = 256
+
+        def read(first: int) -> None:
+            for shard in range(first, min(first + block, self.layout.n_shards)):
+                rows = self.layout.rows(shard)
+                data = np.frombuffer(self._get(f"record/c/{shard}/0"), "<i8")
+                records = data.reshape(self.layout.shard_samples, -1)
+                found[:, rows.start : rows.stop] = records[: len(rows)].T
+
+        for _ in self.executor.map(read, range(0, self.layout.n_shards, block)):
+            pass
+        return found
 
     def _get(self, key: str) -> bytes:
         data = self.objects.get(key)
@@ -120,6 +131,8 @@ def open_writer(
                 + "\n  ".join(differences)
                 + "\nGive another -o, or remove it."
             )
+        for prefix in ("", "shard_digest/c"):  # what makes a store, and a shard, exist
+            objects.settle(prefix)
     else:
         objects.create(first_objects(layout, columns, attributes), last=ROOT)
     return StoreWriter(layout=layout, objects=objects, executor=executor)

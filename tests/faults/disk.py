@@ -154,9 +154,7 @@ def _walk(folder: _Folder, chance: random.Random | None) -> dict[str, bytes | No
     return found
 
 
-def _apply(
-    entries: dict[str, _File | _Folder], change: Mapping[str, _File | _Folder | None]
-) -> None:
+def _apply(entries: dict[str, _File | _Folder], change: Mapping[str, _File | _Folder | None]) -> None:
     for name, entry in change.items():
         if entry is None:
             entries.pop(name, None)

@@ -49,21 +49,24 @@ class Disks:
         """Run the stub there, to its end."""
         return self.launcher.run(self.request(disk, fault, log))
 
-    def check_recovery(self, disk: Path) -> None:
-        """Run the stub again, undisturbed; the disk must then hold the bytes of an uninterrupted run, and no others."""
+    def check_recovery(self, disk: Path, *, keep: bool = False) -> None:
+        """Run the stub again, undisturbed; the disk must then hold the bytes of an uninterrupted run, and no others.
+
+        The disk is removed then, unless it is kept.
+        """
         check_committed(disk / STORE)
         left = self.run(disk)
         assert left.code == WITH_REJECTED, f"recovery left with {left.code}: {left.err.strip()}"
         differs = different(tree(disk), self.oracle)
         assert not differs, f"after recovery these differ: {differs}"
-        shutil.rmtree(disk)
+        if not keep:
+            shutil.rmtree(disk)
 
 
 def tree(disk: Path) -> dict[str, bytes | None]:
     """Return path → bytes of everything on a disk; None is a folder."""
     return {
-        str(path.relative_to(disk)): None if path.is_dir() else path.read_bytes()
-        for path in disk.rglob("*")
+        str(path.relative_to(disk)): None if path.is_dir() else path.read_bytes() for path in disk.rglob("*")
     }
 
 
@@ -81,7 +84,9 @@ def check_committed(store: Path) -> None:
 def committed(store: Path) -> set[int]:
     """Return the shards that have a digest."""
     folder = store / "shard_digest/c"
-    return {int(name) for name in os.listdir(folder) if not name.startswith(".")} if folder.is_dir() else set()
+    return (
+        {int(name) for name in os.listdir(folder) if not name.startswith(".")} if folder.is_dir() else set()
+    )
 
 
 def is_whole(store: Path, shard: int) -> bool:

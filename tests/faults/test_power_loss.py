@@ -46,7 +46,10 @@ def _row(disks: Disks, n_images: int) -> None:
     logs: dict[int, list[Any]] = {}
     changes = [entry for entry in _recorded(disks, [])[1] if isinstance(entry, Operation)]
     steps = range(len(changes))
-    made = ("mkdir", "rename")  # a run that is killed now leaves a name that is not safe, and that the next run finds
+    made = (
+        "mkdir",
+        "rename",
+    )  # a run that is killed now leaves a name that is not safe, and that the next run finds
     flushes = [at for at in steps if changes[at].kind == "fsync_folder" and changes[at - 1].kind in made]
 
     def lose_power(seed: int) -> None:
