@@ -8,7 +8,7 @@ not flushed may be there, or not, or in part, in any order. It knows nothing of 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,16 +94,22 @@ class Disk:
                 self._folder(operation.path.parent).change({operation.path.name: _Folder()})
             case "unlink" | "rmdir":
                 self._folder(operation.path.parent).change({operation.path.name: None})
-            case "rename":
-                self._rename(operation.path, operation.target)
+            case "rename" | "link":
+                self._rename(operation.path, operation.target, keep=operation.kind == "link")
 
     def tree(self) -> dict[str, bytes | None]:
         """Return path → bytes as a process sees them; None is a folder."""
-        return _walk(self._top, None)
+        return _walk(self._top, lambda folder: folder.entries, _File.content)
+
+    def safe(self) -> dict[str, bytes | None]:
+        """Return path → bytes of what every loss of power leaves."""
+        return _walk(self._top, lambda folder: folder.flushed, lambda file: file.flushed)
 
     def left_by_crash(self, chance: random.Random) -> dict[str, bytes | None]:
         """Return path → bytes as a loss of power may leave them."""
-        return _walk(self._top, chance)
+        return _walk(
+            self._top, lambda folder: folder.left_by_crash(chance), lambda file: file.left_by_crash(chance)
+        )
 
     def _create(self, path: Path) -> None:
         folder = self._folder(path.parent)
@@ -113,10 +119,11 @@ class Disk:
         else:
             folder.change({path.name: _File()})
 
-    def _rename(self, path: Path, target: Path | None) -> None:
+    def _rename(self, path: Path, target: Path | None, *, keep: bool) -> None:
         assert target is not None and target.parent == path.parent, "renames between folders are not modelled"
         folder = self._folder(path.parent)
-        folder.change({path.name: None, target.name: folder.entries[path.name]})
+        entry = folder.entries[path.name]
+        folder.change({target.name: entry} if keep else {path.name: None, target.name: entry})
 
     def _folder(self, path: Path) -> _Folder:
         found: _File | _Folder = self._top
@@ -141,16 +148,18 @@ def materialise(tree: Mapping[str, bytes | None], folder: Path) -> None:
             (folder / path).write_bytes(data)
 
 
-def _walk(folder: _Folder, chance: random.Random | None) -> dict[str, bytes | None]:
-    """Collect a folder's tree: of what processes see, or of what chance leaves."""
+def _walk(
+    folder: _Folder,
+    entries: Callable[[_Folder], Mapping[str, _File | _Folder]],
+    content: Callable[[_File], bytes],
+) -> dict[str, bytes | None]:
     found: dict[str, bytes | None] = {}
-    entries = folder.entries if chance is None else folder.left_by_crash(chance)
-    for name, entry in entries.items():
+    for name, entry in entries(folder).items():
         if isinstance(entry, _File):
-            found[name] = entry.content() if chance is None else entry.left_by_crash(chance)
+            found[name] = content(entry)
         else:
             found[name] = None
-            found |= {f"{name}/{path}": data for path, data in _walk(entry, chance).items()}
+            found |= {f"{name}/{path}": data for path, data in _walk(entry, entries, content).items()}
     return found
 
 

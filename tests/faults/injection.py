@@ -1,4 +1,4 @@
-"""What can be made to happen at a file operation: the process ends, the system refuses, or it is merely written down."""
+"""What can be made to happen at a file operation: the process ends, the system refuses, or it is written down."""
 
 from __future__ import annotations
 

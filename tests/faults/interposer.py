@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 READS = ("open", "read", "stat", "list")
-CHANGES = ("create", "write", "fsync", "fsync_folder", "close", "rename", "mkdir", "unlink", "rmdir")
+CHANGES = ("create", "write", "fsync", "fsync_folder", "close", "rename", "link", "mkdir", "unlink", "rmdir")
 
 
 @dataclass(kw_only=True)
@@ -29,7 +29,7 @@ class Operation:
     path: Path
     """What it is done to."""
     target: Path | None = None
-    """Where a rename leads."""
+    """Where a rename or a link leads."""
     data: bytes = b""
     """What is written; a handler may shorten it."""
     offset: int = 0
@@ -55,8 +55,9 @@ class _Interposer:
         os.write = self._writing(os.write)
         os.fsync = self._flushing(os.fsync)
         os.fdatasync = self._flushing(os.fdatasync)
-        os.rename = self._renaming(os.rename)
-        os.replace = self._renaming(os.replace)
+        os.rename = self._to_target("rename", os.rename)
+        os.replace = self._to_target("rename", os.replace)
+        os.link = self._to_target("link", os.link)
         os.open = self._opening(os.open)
         for name, kind in (
             ("mkdir", "mkdir"),
@@ -70,7 +71,7 @@ class _Interposer:
         ):
             setattr(os, name, self._on_path(kind, getattr(os, name)))
         builtins.open = io.open = self._open_file(io.open)
-        for name in ("writev", "pwrite", "pwritev", "link", "symlink", "truncate", "ftruncate", "sendfile"):
+        for name in ("writev", "pwrite", "pwritev", "symlink", "truncate", "ftruncate", "sendfile"):
             setattr(os, name, _not_seen(name))
 
     def handle(self, operation: Operation, perform: Callable[[], Any]) -> Any:
@@ -81,8 +82,8 @@ class _Interposer:
     def _path(self, given: Any, folder: int | None = None) -> Path:
         """Return the absolute path of a path, a descriptor, or a name within an open folder."""
         if isinstance(given, int):
-            return Path(os.readlink(f"/proc/self/fd/{given}"))
-        base = Path.cwd() if folder is None else Path(os.readlink(f"/proc/self/fd/{folder}"))
+            return _opened(given)
+        base = Path.cwd() if folder is None else _opened(folder)
         return base / os.fspath(given)
 
     def _on_path(self, kind: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,9 +93,9 @@ class _Interposer:
 
         return wrapped
 
-    def _renaming(self, real: Callable[..., Any]) -> Callable[..., Any]:
+    def _to_target(self, kind: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(source: Any, target: Any, **more: Any) -> Any:
-            operation = Operation(kind="rename", path=self._path(source), target=self._path(target))
+            operation = Operation(kind=kind, path=self._path(source), target=self._path(target))
             return self.handle(operation, lambda: real(source, target, **more))
 
         return wrapped
@@ -173,6 +174,10 @@ class _Watched(io.FileIO):
             super().close()
         else:
             self._interposer.handle(Operation(kind="close", path=self._path), super().close)
+
+
+def _opened(descriptor: int) -> Path:
+    return Path(f"/proc/self/fd/{descriptor}").readlink()
 
 
 def _not_seen(name: str) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Where the fault matrix writes what it found: cases, losses and the seeds that reproduce them, a row of the matrix each.
+"""Where the fault matrix writes what it found: cases, losses and what reproduces them, row by row.
 
 Nothing is written unless MMEXTRACT_FAULTS_JSON names a file, as `make test-faults` does.
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -83,10 +82,7 @@ def check_committed(store: Path) -> None:
 
 def committed(store: Path) -> set[int]:
     """Return the shards that have a digest."""
-    folder = store / "shard_digest/c"
-    return (
-        {int(name) for name in os.listdir(folder) if not name.startswith(".")} if folder.is_dir() else set()
-    )
+    return {int(path.name) for path in store.glob("shard_digest/c/*") if not path.name.startswith(".")}
 
 
 def is_whole(store: Path, shard: int) -> bool:

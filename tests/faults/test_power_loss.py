@@ -42,6 +42,21 @@ def test_the_recorded_operations_are_all_that_a_run_does(disks: Disks) -> None:
     assert not different(disk.tree(), disks.oracle)
 
 
+@pytest.mark.parametrize(
+    "name", [".", "results", "record", "hidden_states", "shard_digest", "shard_digest/c"]
+)
+def test_names_that_a_killed_run_left_unflushed_are_flushed_by_the_next(disks: Disks, name: str) -> None:
+    changes = [entry for entry in _recorded(disks, [])[1] if isinstance(entry, Operation)]
+    top = disks.scratch / "recorded"
+    folder = top / name if name in (".", "results") else top / STORE / name
+    at = next(i for i, change in enumerate(changes) if (change.kind, change.path) == ("fsync_folder", folder))
+    disk = Disk(top)
+    for entry in _recorded(disks, [Exit(at=at)])[1]:
+        if isinstance(entry, Operation):
+            disk.apply(entry)
+    assert not different(disk.safe(), disks.oracle)
+
+
 def _row(disks: Disks, n_images: int) -> None:
     logs: dict[int, list[Any]] = {}
     changes = [entry for entry in _recorded(disks, [])[1] if isinstance(entry, Operation)]
