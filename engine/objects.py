@@ -161,7 +161,7 @@ class LocalObjects:
         """Return the size of every file under `prefix`."""
         return sum(
             (Path(base) / name).stat().st_size
-            for base, _, names in os.walk(self.root / prefix)
+            for base, _, names in os.walk(self.root / prefix, onerror=_raise)
             for name in names
         )
 
@@ -219,8 +219,12 @@ def flush_folder(folder: Path) -> None:
 
 def flush_tree(folder: Path) -> None:
     """Flush every file and folder below `folder` to disk."""
-    for base, _, names in os.walk(folder):
+    for base, _, names in os.walk(folder, onerror=_raise):
         for name in names:
             with (Path(base) / name).open("rb") as file:
                 os.fsync(file.fileno())
         flush_folder(Path(base))
+
+
+def _raise(error: OSError) -> None:
+    raise error  # os.walk leaves out what it cannot list, unless it is told otherwise

@@ -100,7 +100,8 @@ def _refuse(operation: Operation, perform: Callable[[], Any], fault: Refuse) -> 
         written = perform()
         if fault.error is None:
             return written
-    if fault.error is None:
+    exists = operation.kind == "mkdir" and operation.path.exists()
+    if fault.error is None or exists:  # a folder that is there is told before a disk that is full
         return perform()
     named = operation.kind not in ("write", "read", "fsync", "fsync_folder", "close")
     raise OSError(fault.error, os.strerror(fault.error), *([str(operation.path)] if named else []))

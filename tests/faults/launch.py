@@ -18,6 +18,8 @@ from types import TracebackType
 from typing import Self
 
 ROOT = Path(__file__).parents[2]
+ASKING = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTED = 130
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
@@ -99,6 +101,7 @@ def _serve() -> None:
 
     assert "torch" not in sys.modules
     assert workload.run
+    signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
     while line := sys.stdin.readline():
         process = os.fork()
         if process == 0:
@@ -124,15 +127,25 @@ def _become(request: Request) -> None:
 
     if request.fault is not None or log is not None:
         interpose(request.folder, make_handler(request.fault, log))
+    workload.add_command(promise)
     code: object = 1
     try:
-        workload.run(request.arguments, promise)
+        _listen()
+        workload.run(request.arguments)
     except SystemExit as left:
         code = left.code
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 1)
+
+
+def _listen() -> None:
+    """Let signals come that were held back until the run begins, as if they came in its first moment."""
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -82,8 +82,11 @@ def _row(disks: Disks, n_kills: int) -> None:
             asked = time.perf_counter()
             left = disks.launcher.wait()
             took = time.perf_counter() - asked
-            assert left.code in (WITH_REJECTED, INTERRUPTED, -sent), f"{sent.name}: it left with {left.code}"
-            assert "Traceback" not in left.err, left.err
+            assert left.code in (WITH_REJECTED, INTERRUPTED, -sent), (
+                f"{sent.name}: it left with {left.code}: {left.err[-300:]}"
+            )
+            # an interrupt while a library sets up its event loop makes the half-made loop complain as it goes
+            assert "Traceback" not in left.err.partition("Exception ignored in")[0], left.err
             assert took < MOST_SECONDS, f"{sent.name}: it took {took:.1f} s to leave"
             to_leave = max(to_leave, took)
         disks.check_recovery(disk)

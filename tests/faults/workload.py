@@ -102,8 +102,8 @@ class Stub:
         return Summary(n_resumed=len(committed), n_written=len(missing), rejected=rejected)
 
 
-def run(arguments: Sequence[str], on_commit: Callable[[int], None] = _ignore) -> NoReturn:
-    """Run the command line with one command more, `stub`, and leave as it leaves."""
+def add_command(on_commit: Callable[[int], None] = _ignore) -> None:
+    """Give the command line one command more, `stub`."""
 
     @click.command()
     @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
@@ -119,9 +119,9 @@ def run(arguments: Sequence[str], on_commit: Callable[[int], None] = _ignore) ->
         return exit_code(summary.rejected)
 
     group.add_command(stub)
+
+
+def run(arguments: Sequence[str]) -> NoReturn:
+    """Run the command, and leave as the command line leaves."""
     sys.argv = ["mmextract", "stub", *arguments]
     main()
-
-
-if __name__ == "__main__":
-    run(sys.argv[1:])
