@@ -30,3 +30,16 @@ def test_bench_dump_compares_a_dump_with_the_bare_forward_pass(tmp_path: Path) -
     for found in record["results"].values():
         assert found["n_samples"] == 4 and found["n_rejected"] == 0 and found["bytes_written"] > 0
         assert found["dump_over_forward"] > 0
+
+
+@pytest.mark.timeout(300)
+def test_bench_scale_fits_and_computes_what_many_samples_cost(tmp_path: Path) -> None:
+    sizes = ["--samples", "20", "60", "--tasks", "20"]
+    command = [sys.executable, BENCHMARKS / "bench_scale.py", *sizes, "--json", tmp_path / "out.json"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "measured: " in done.stdout and "computed from the fits: " in done.stdout
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert results["measured"]["60"]["n_shards"] == 60
+    assert results["fitted"]["plan_bytes_a_row"] > 0
+    assert results["computed"]["1000000"]["bytes"] == 10**6 * 33 * 4096 * 4

@@ -49,6 +49,8 @@ def make_handler(fault: Fault | None, log: BinaryIO | None) -> Handler:
     counter = _Counter()
 
     def handle(operation: Operation, perform: Callable[[], Any]) -> Any:
+        if operation.kind == "mkdir" and operation.path.exists():
+            return perform()  # which changes nothing: the system says so before it looks for room
         if isinstance(fault, Exit) and operation.kind in CHANGES and counter.next() == fault.at:
             _exit(operation, perform, fault.when)
         if isinstance(fault, Refuse) and operation.kind in fault.kinds:
@@ -100,8 +102,7 @@ def _refuse(operation: Operation, perform: Callable[[], Any], fault: Refuse) -> 
         written = perform()
         if fault.error is None:
             return written
-    exists = operation.kind == "mkdir" and operation.path.exists()
-    if fault.error is None or exists:  # a folder that is there is told before a disk that is full
+    if fault.error is None:
         return perform()
     named = operation.kind not in ("write", "read", "fsync", "fsync_folder", "close")
     raise OSError(fault.error, os.strerror(fault.error), *([str(operation.path)] if named else []))

@@ -62,7 +62,7 @@ def fill(stub: Stub, place: Path) -> None:
         ):
             file = place / key
             if file.name == "0":
-                os.makedirs(file.parent)  # noqa: PTH103 (twice as fast)
+                os.makedirs(file.parent, exist_ok=True)  # noqa: PTH103 (twice as fast)
             file.write_bytes(data)
 
 
