@@ -84,7 +84,7 @@ class _Interposer:
         if isinstance(given, int):
             return _opened(given)
         base = Path.cwd() if folder is None else _opened(folder)
-        return base / os.fspath(given)
+        return base / str(os.fspath(given))
 
     def _on_path(self, kind: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(path: Any = ".", *rest: Any, **more: Any) -> Any:
@@ -157,13 +157,13 @@ class _Watched(io.FileIO):
         written: int = self._interposer.handle(operation, lambda: super(_Watched, self).write(operation.data))
         return written
 
-    def readinto(self, buffer: Any, /) -> int:
+    def readinto(self, buffer: Any, /) -> Any:
         return self._reading(lambda: super(_Watched, self).readinto(buffer))
 
-    def readall(self) -> bytes:
+    def readall(self) -> Any:
         return self._reading(lambda: super(_Watched, self).readall())
 
-    def read(self, size: int | None = -1, /) -> bytes:
+    def read(self, size: int | None = -1, /) -> Any:
         return self._reading(lambda: super(_Watched, self).read(-1 if size is None else size))
 
     def _reading(self, perform: Callable[[], Any]) -> Any:
