@@ -18,7 +18,7 @@ import pytest
 
 from tests.faults.injection import KILLED, Exit, Refuse, read_log
 from tests.faults.interposer import CHANGES, READS, Operation
-from tests.faults.outcomes import sweep
+from tests.faults.outcomes import record, sweep
 from tests.faults.stores import WITH_REJECTED, Disks
 
 FAILED = 1
@@ -55,12 +55,14 @@ def test_a_disk_that_is_full_at_any_size_is_an_error_from_which_the_run_continue
     if subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("this machine does not let tests mount a small disk")
     try:
-        for kib in range(20, 180, 8):
-            left = disks.run(disk)
-            assert left.code == FAILED and "No space left on device" in left.err, left.err
+        kib = 16
+        while (left := disks.run(disk)).code == FAILED:
+            assert "No space left on device" in left.err and str(disk) in left.err, left.err
+            kib += 8
             subprocess.run(["mount", "-o", f"remount,size={kib}k", str(disk)], check=True)
-        subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
+        assert left.code == WITH_REJECTED and kib > 100, f"with {kib} KiB: {left.err}"
         disks.check_recovery(disk, keep=True)
+        record("D, a full disk", {"cases": (kib - 16) // 8, "losses": 0, "kib_at_last": kib})
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
