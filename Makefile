@@ -1,4 +1,5 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Both make .venv if needed.
+# `make test-faults` runs the fault matrix in full and writes what it found to benchmarks/results/faults.json.
 
 PYTHON ?= python3
 BIN := .venv/bin

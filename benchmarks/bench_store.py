@@ -116,18 +116,12 @@ def _read_tensorstore(path: Path, layer: int) -> NDArray[Any]:
     return np.asarray(work.open_tensorstore(path / "hidden_states")[:, layer, 0].read().result())
 
 
-def measure_run(n_samples: int, n_layers: int, shard_samples: int, scratch: Path) -> dict[str, Any]:
-    """Write a store from a stub model in a process of its own; return its memory and what resuming costs."""
-    script = Path(__file__).with_name("stub_run.py")
-    command = [
-        sys.executable,
-        script,
-        scratch / f"stub{shard_samples}.zarr",
-        n_samples,
-        n_layers,
-        shard_samples,
-    ]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+def measure_run(*options: object, scratch: Path) -> dict[str, Any]:
+    """Run row J of the fault matrix in a process of its own: memory along the way, and what resuming costs."""
+    script = Path(__file__).parent.parent / "tests/faults/scale.py"
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        command = [str(part) for part in (sys.executable, script, folder, *options)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{script.name} failed:\n{done.stderr}")
     found: dict[str, Any] = json.loads(done.stdout)
@@ -140,7 +134,6 @@ def main() -> None:
     parser.add_argument("--states", default="smollm2", choices=("smollm2", "easyvqa"), help="whose states")
     parser.add_argument("--vectors", type=int, default=7000, help="samples, each a token's states")
     parser.add_argument("--samples", type=int, default=100_000, help="samples of the run with a stub model")
-    parser.add_argument("--shard-samples", type=int, default=1, help="samples of its shards: many shards")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--folder", type=Path, default=Path(), help="where to write: the disk that is measured"
@@ -150,13 +143,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         scratch = Path(folder)
         states = real_states(options.states, options.vectors, scratch)
-        results = {
+        results: dict[str, Any] = {
             "states": f"{options.states}, {' × '.join(map(str, states.shape))}",
             "write": measure_writes(states, scratch, options.repeats),
             "read": measure_reads(states, scratch, options.repeats),
-            "run": measure_run(options.samples, 32, 1024, scratch),
-            "many shards": measure_run(options.samples, 32, options.shard_samples, scratch),
+            "run": measure_run(
+                options.samples, "--layers", 32, "--hidden-size", 16, "--shard-samples", 64, scratch=scratch
+            ),
+            "many shards": measure_run(options.samples, "--fill", scratch=scratch),
         }
+        growth = results["run"]["resident_bytes"]
+        results["run"]["memory_at_the_end_over_after_a_tenth"] = growth[-1] / growth[0]
     print_results(results)
     save(options.json, results)
 
@@ -168,8 +165,11 @@ def print_results(results: dict[str, Any]) -> None:
     n_bytes = results["write"]["n_bytes"]
     encoded = results["write"]["encoded_bytes"]
     show("size", ("codec", "ratio"), [(codec, n_bytes / size) for codec, size in encoded.items()])
-    for part in ("run", "many shards"):
-        show(f"{part}, stub model", ("", ""), list(results[part].items()))
+    ratio = results["run"]["memory_at_the_end_over_after_a_tenth"]
+    show("memory", ("", "ratio"), [("end ÷ after a tenth of the samples", ratio)])
+    found = results["many shards"]
+    seconds = [(name, found[name]) for name in found if name.endswith("_seconds")]
+    show(f"{found['n_shards']} shards", ("", "seconds"), seconds)
 
 
 if __name__ == "__main__":

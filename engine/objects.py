@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -30,6 +32,9 @@ class Objects(Protocol):
 
     def create(self, objects: Mapping[str, bytes], last: str) -> None:
         """Write all of `objects` where nothing is yet; `last` of them is seen last, and then the others are there."""
+
+    def settle(self, prefix: str) -> None:
+        """Make sure that what `list` names under `prefix` is there to stay, whatever became of the run that put it."""
 
     def put(self, key: str, parts: Sequence[Buffer]) -> None:
         """Write the concatenation of `parts` under `key`: a reader sees the old object or the new, never a part."""
@@ -69,53 +74,69 @@ class LocalObjects:
 
     def occupied(self) -> bool:
         """Tell whether anything is at the path."""
-        return os.path.lexists(self.root)
+        try:
+            os.lstat(self.root)  # not lexists, which takes a disk that does not answer for an empty place
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
     def create(self, objects: Mapping[str, bytes], last: str) -> None:
         """Make the folder beside its place, flush it, and move it there: it exists whole or not at all."""
         assert last in objects
         temporary = self.root.with_name(f".{self.root.name}.creating")
-        shutil.rmtree(temporary, ignore_errors=True)
-        make_folders(self.root.parent)
-        for key, data in objects.items():
-            file = temporary / key
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(data)
-        flush_tree(temporary)
-        temporary.rename(self.root)
-        flush_folder(self.root.parent)
+        with naming(self.root):
+            if temporary.exists():  # of a run that was stopped; none of its files may get into this store
+                shutil.rmtree(temporary)
+            make_folders(self.root.parent)
+            for key, data in objects.items():
+                file = temporary / key
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(data)
+            flush_tree(temporary)
+            temporary.rename(self.root)
+            flush_folder(self.root.parent)
+
+    def settle(self, prefix: str) -> None:
+        """Flush a folder and its name: a run that was stopped may have renamed something and not flushed that."""
+        folder = self.root / prefix
+        if folder.is_dir():
+            for changed in (folder.parent, folder):
+                if os.access(changed, os.W_OK):  # where we cannot write, nothing is of our making
+                    flush_folder(changed)
 
     def put(self, key: str, parts: Sequence[Buffer]) -> None:
         """Write the concatenation of `parts` under `key`.
 
         The bytes go to a temporary file, which is flushed to disk, renamed, and its folder flushed. Raises OSError if
-        any of this fails; the key then holds what it held.
+        any of this fails; unless it was the last, the key then holds what it held.
         """
         target = self.root / key
-        make_folders(target.parent)
         temporary = target.with_name(f".{target.name}.partial")
-        try:
-            with temporary.open("wb") as file:
-                for part in parts:
-                    file.write(part)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        flush_folder(target.parent)
+        with naming(target):
+            make_folders(target.parent)
+            try:
+                with temporary.open("wb") as file:
+                    for part in parts:
+                        file.write(part)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(target)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+            flush_folder(target.parent)
 
     def get(self, key: str) -> bytes | None:
         """Return the bytes under `key`, or None if there is no such object."""
         try:
-            return (self.root / key).read_bytes()
+            with naming(self.root / key):
+                return (self.root / key).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def read(self, key: str, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`, which counts from the end if negative."""
-        with (self.root / key).open("rb", buffering=0) as file:
+        with naming(self.root / key), (self.root / key).open("rb", buffering=0) as file:
             file.seek(offset, os.SEEK_END if offset < 0 else os.SEEK_SET)
             data = file.read(length)
         if len(data) < length:
@@ -140,7 +161,7 @@ class LocalObjects:
         """Return the size of every file under `prefix`."""
         return sum(
             (Path(base) / name).stat().st_size
-            for base, _, names in os.walk(self.root / prefix)
+            for base, _, names in os.walk(self.root / prefix, onerror=_raise)
             for name in names
         )
 
@@ -154,28 +175,56 @@ def locate(place: str | Path | Objects) -> Objects:
     return LocalObjects(Path(place)) if isinstance(place, str | Path) else place
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError name the path that it is about: those of write, fsync and close do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def make_folders(folder: Path) -> None:
-    """Create a folder and its parents, so that they survive a loss of power."""
+    """Create a folder and its parents, so that they survive a loss of power.
+
+    That a folder is there does not mean that it stays: a run that was stopped, or another thread, may have made it
+    and not flushed it yet. Its own parents were flushed before it was made.
+    """
     if folder.is_dir():
+        _flush_entry(folder)
         return
     make_folders(folder.parent)
     folder.mkdir(exist_ok=True)
     flush_folder(folder.parent)
 
 
+@lru_cache(maxsize=256)
+def _flush_entry(folder: Path) -> None:
+    """Flush the name of a folder that was found, once; in a place where we cannot write, it is not of our making."""
+    if os.access(folder.parent, os.W_OK):
+        flush_folder(folder.parent)
+
+
 def flush_folder(folder: Path) -> None:
     """Flush a folder's entries to disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with naming(folder):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def flush_tree(folder: Path) -> None:
     """Flush every file and folder below `folder` to disk."""
-    for base, _, names in os.walk(folder):
+    for base, _, names in os.walk(folder, onerror=_raise):
         for name in names:
             with (Path(base) / name).open("rb") as file:
                 os.fsync(file.fileno())
         flush_folder(Path(base))
+
+
+def _raise(error: OSError) -> None:
+    raise error  # os.walk leaves out what it cannot list, unless it is told otherwise

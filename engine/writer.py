@@ -67,7 +67,7 @@ class StoreWriter:
             self.objects.delete(shard_keys(shard)[2])
         for key, pieces in zip(shard_keys(shard), parts, strict=False):
             self.objects.put(key, pieces)
-        digest = shards.digest(parts, seed=shard_seed(self._run, shard))
+        digest = shards.digest(parts, seed=shard_seed(self.run, shard))
         self.objects.put(f"shard_digest/c/{shard}", [digest.to_bytes(8, "little")])
         return sum(map(len, encoded))
 
@@ -90,10 +90,10 @@ class StoreWriter:
         Raises ValueError or FileNotFoundError if the metadata are damaged: nothing is built on them.
         """
         assert len(self.committed()) == self.layout.n_shards
-        records = np.concatenate(list(self.executor.map(self._records, range(self.layout.n_shards))))
+        records = self._records()
         columns = {
             name: values.view(np.uint64) if name.endswith("_hash") else values
-            for name, values in zip(self.layout.record_fields, np.ascontiguousarray(records.T), strict=True)
+            for name, values in zip(self.layout.record_fields, records, strict=True)
         }
         made = last_objects(self._metadata(set(columns)), columns)
         for key in root_last(made):  # the root is what says that it is finished
@@ -115,14 +115,25 @@ class StoreWriter:
         return {ROOT: root, **metadata}
 
     @cached_property
-    def _run(self) -> str:
+    def run(self) -> str:
         """The run's fingerprint, which is written beside the digests."""
         return str(json.loads(self._get(f"shard_digest/{ROOT}"))["attributes"]["run"])
 
-    def _records(self, shard: int) -> NDArray[np.int64]:
-        """Return int64 [rows of the shard, F]."""
-        data = np.frombuffer(self._get(f"record/c/{shard}/0"), "<i8")
-        return data.reshape(self.layout.shard_samples, -1)[: len(self.layout.rows(shard))]
+    def _records(self) -> NDArray[np.int64]:
+        """Return int64 [F, n_samples], read in threads by blocks: a task a shard would cost more than its reading."""
+        found = np.empty((len(self.layout.record_fields), self.layout.n_samples), np.int64)
+        block = 256
+
+        def read(first: int) -> None:
+            for shard in range(first, min(first + block, self.layout.n_shards)):
+                rows = self.layout.rows(shard)
+                data = np.frombuffer(self._get(f"record/c/{shard}/0"), "<i8")
+                records = data.reshape(self.layout.shard_samples, -1)
+                found[:, rows.start : rows.stop] = records[: len(rows)].T
+
+        for _ in self.executor.map(read, range(0, self.layout.n_shards, block)):
+            pass
+        return found
 
     def _get(self, key: str) -> bytes:
         data = self.objects.get(key)
@@ -154,6 +165,8 @@ def open_writer(
         return StoreWriter(layout=layout, objects=objects, executor=executor)
     identity = identify(objects)
     _refuse_other(objects, identity, to_plain(attributes["run"]))
+    for prefix in ("", "shard_digest/c"):  # what makes a store, and a shard, exist
+        objects.settle(prefix)
     if identity.digests is None or lost_or_changed(objects, identity.digests, executor):
         first = first_objects(layout, columns, identity.attributes or attributes)
         for key in root_last(first):  # so that an interrupted repair is taken up again

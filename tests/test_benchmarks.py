@@ -34,7 +34,6 @@ def test_bench_dump_compares_a_dump_with_the_bare_forward_pass(tmp_path: Path) -
 
 @pytest.mark.timeout(300)
 def test_bench_store_compares_writes_and_reads_with_peers_and_limits(tmp_path: Path) -> None:
-    pytest.importorskip("tensorstore")
     sizes = ["--states", "easyvqa", "--vectors", "100", "--samples", "40", "--repeats", "1"]
     command = [sys.executable, str(BENCHMARKS / "bench_store.py"), *sizes]
     done = subprocess.run(
@@ -48,3 +47,16 @@ def test_bench_store_compares_writes_and_reads_with_peers_and_limits(tmp_path: P
     assert results["write"]["ratios"]["ours none ÷ raw write"] > 0
     assert results["read"]["ratios"]["ours ÷ zarr-python, none"] > 0
     assert results["many shards"]["n_shards"] == 40
+
+
+@pytest.mark.timeout(300)
+def test_bench_scale_fits_and_computes_what_many_samples_cost(tmp_path: Path) -> None:
+    sizes = ["--samples", "20", "60", "--tasks", "20"]
+    command = [sys.executable, BENCHMARKS / "bench_scale.py", *sizes, "--json", tmp_path / "out.json"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "measured: " in done.stdout and "computed from the fits: " in done.stdout
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert results["measured"]["60"]["n_shards"] == 60
+    assert results["fitted"]["plan_bytes_a_row"] > 0
+    assert results["computed"]["1000000"]["bytes"] == 10**6 * 33 * 4096 * 4

@@ -1,22 +1,65 @@
-"""Where the fault matrix writes what it found: one JSON file, one entry a row."""
+"""Where the fault matrix writes what it found: cases, losses and what reproduces them, row by row.
+
+Nothing is written unless MMEXTRACT_FAULTS_JSON names a file, as `make test-faults` does.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
+from collections.abc import Callable, Iterable, Mapping
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock
 
+PACKAGES = ("mmextract", "numpy", "zarr", "numcodecs", "xxhash", "dask", "distributed")
 
-def record(row: str, outcome: dict[str, Any]) -> None:
-    """Set a row's outcome in the file that MMEXTRACT_FAULTS_JSON names; do nothing if it names none."""
-    name = os.environ.get("MMEXTRACT_FAULTS_JSON")
-    if not name:
+Case = TypeVar("Case")
+
+
+def sweep(row: str, cases: Iterable[Case], run: Callable[[Case], Mapping[str, float] | None]) -> None:
+    """Run every case of a row, record the outcome, then fail if any case did.
+
+    A case is whatever reproduces itself when printed: its seed, or its name. `run` raises AssertionError for a loss
+    and may return figures, of which the largest is recorded.
+    """
+    losses: dict[str, str] = {}
+    figures: dict[str, float] = {}
+    n_cases = 0
+    for case in cases:
+        n_cases += 1
+        try:
+            found = run(case) or {}
+        except AssertionError as failure:
+            losses[str(case)] = str(failure).partition("\n")[0][:500]
+        else:
+            figures |= {name: max(value, figures.get(name, value)) for name, value in found.items()}
+    record(row, {"cases": n_cases, "losses": len(losses), "reproduce": losses, "largest": figures})
+    assert not losses, f"{len(losses)} of {n_cases} cases of row {row}: {losses}"
+
+
+def record(row: str, outcome: Mapping[str, Any]) -> None:
+    """Put the outcome of a row into the file that MMEXTRACT_FAULTS_JSON names, beside what is there of other rows."""
+    place = os.environ.get("MMEXTRACT_FAULTS_JSON")
+    if not place:
         return
-    path = Path(name)
+    path = Path(place)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
-        rows = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        rows[row] = outcome
-        path.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n", "utf-8")
+        rows = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else {}
+        rows[row] = dict(outcome)
+        written = {"machine": machine(), "rows": dict(sorted(rows.items()))}
+        path.write_text(json.dumps(written, indent=1) + "\n", "utf-8")
+
+
+def machine() -> dict[str, Any]:
+    """Return hardware and versions."""
+    return {
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+    } | {name: metadata.version(name) for name in PACKAGES}
