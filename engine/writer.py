@@ -6,7 +6,7 @@ This module knows nothing about models, images or watermarks; what it promises i
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,10 +34,21 @@ class StoreWriter:
     layout: Layout
     objects: Objects
     executor: ThreadPoolExecutor = field(repr=False)
+    guard: Callable[[], None] = lambda: None
+    """Raises if this writer must not commit any more; asked before each commit."""
 
     def committed(self) -> set[int]:
         """Return the shards that exist."""
         return {int(name) for name in self.objects.list("shard_digest/c")}
+
+    def sweep(self, committed: set[int]) -> None:
+        """Remove what killed writers left that is no object; only the one who holds the store may do this."""
+        begun = {int(name) for name in self.objects.list("hidden_states/c")} - committed
+        prefixes = ["", "shard_digest/c", "rejected/c"]
+        prefixes += [prefix for name in self.layout.record_fields for prefix in (name, f"{name}/c")]
+        prefixes += [p for shard in begun for p in (f"hidden_states/c/{shard}/0/0", f"record/c/{shard}")]
+        for prefix in prefixes:
+            self.objects.sweep(prefix)
 
     def write_shard(
         self, shard: int, states: NDArray[Any], records: NDArray[np.int64], rejected: Mapping[int, str]
@@ -55,6 +66,7 @@ class StoreWriter:
             keys.append(f"rejected/c/{shard}")
         for key, pieces in zip(keys, parts, strict=True):
             self.objects.put(key, pieces)
+        self.guard()
         self.objects.put(f"shard_digest/c/{shard}", [shards.digest(parts).to_bytes(8, "little")])
         return sum(map(len, encoded))
 
@@ -112,16 +124,15 @@ def open_writer(
     Raises OtherRunError, with what differs, if another run began it; ValueError if something else is at `place`.
     """
     objects = locate(place)
-    if objects.occupied():
-        differences = _differences(read_attributes(objects).get("run"), to_plain(attributes["run"]))
-        if differences:
-            raise OtherRunError(
-                f"{objects.url} was made by another run, and is left as it is. What differs:\n  "
-                + "\n  ".join(differences)
-                + "\nGive another -o, or remove it."
-            )
-    else:
+    if not objects.occupied():
         objects.create(first_objects(layout, columns, attributes), last=ROOT)
+    differences = _differences(read_attributes(objects).get("run"), to_plain(attributes["run"]))
+    if differences:
+        raise OtherRunError(
+            f"{objects.url} was made by another run, and is left as it is. What differs:\n  "
+            + "\n  ".join(differences)
+            + "\nGive another -o, or remove it."
+        )
     return StoreWriter(layout=layout, objects=objects, executor=executor)
 
 
