@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from distributed import Client
     from distributed.deploy.cluster import Cluster
 
+    from mmextract.engine.models import ModelSpec
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 SECONDS_TO_CONNECT = 8.0
@@ -55,33 +57,35 @@ def connect(scheduler: str | None, scheduler_file: Path | None) -> Iterator[Clie
 
 
 @contextmanager
-def start(n_workers: int, device: str) -> Iterator[Client]:
-    """Start workers on this machine, each a process: one a GPU where there are GPUs and device is not cpu.
+def start(n_workers: int, model: ModelSpec) -> Iterator[Client]:
+    """Start workers on this machine, each a process: one a GPU where there are GPUs and the model may use them.
 
     They end with the context. Raises ValueError for more workers than GPUs, ImportError where dask-cuda is missing.
     """
     import dask
 
     # dask blames every task that a dying worker had, so that workers that are killed now and then fail innocent ones
-    with dask.config.set({"distributed.scheduler.allowed-failures": 5}), _start(n_workers, device) as cluster:
+    with dask.config.set({"distributed.scheduler.allowed-failures": 5}), _start(n_workers, model) as cluster:
         from distributed import Client
 
         with Client(cluster, set_as_default=False) as client:
             yield client
 
 
-def _start(n_workers: int, device: str) -> Cluster:
+def _start(n_workers: int, model: ModelSpec) -> Cluster:
     import torch
 
     # the memory of a worker is its model's and its shard's: there is nothing to spill
     settings: dict[str, Any] = {"threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
     settings |= {"memory_limit": None, "silence_logs": "ERROR"}
-    if device == "cpu" or not torch.cuda.is_available():
+    if model.device == "cpu" or not torch.cuda.is_available():
         from distributed import LocalCluster
 
         return LocalCluster(n_workers=n_workers, processes=True, **settings)
-    if device not in ("auto", "cuda"):
-        raise ValueError(f"with --workers each worker takes a GPU of its own: leave out --device {device}")
+    if model.device not in ("auto", "cuda") or model.device_map:
+        raise ValueError(
+            "with --workers each worker takes a GPU of its own: leave out --device and --device-map"
+        )
     try:
         from dask_cuda import LocalCUDACluster
     except ImportError as error:

@@ -18,10 +18,11 @@ import itertools
 import queue
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import dask
 import torch
@@ -32,9 +33,9 @@ from mmextract.engine.dump import (
     DumpSpec,
     DumpSummary,
     ModelFacts,
-    complete,
     find_torch_threads,
     make_plan,
+    run_with,
 )
 from mmextract.engine.lease import Lease
 from mmextract.engine.models import ModelSpec
@@ -79,7 +80,7 @@ class ShardsFailedError(ValueError):
 def plan_distributed(spec: DumpSpec, client: Client) -> DumpPlan:
     """Plan a run as `dump.plan_dump` does, with the model of a worker: the client loads none."""
     spec = replace(spec, model=_absolute(spec.model))
-    facts: ModelFacts = client.submit(facts_task, spec.model, pure=False).result()
+    facts: ModelFacts = _result(client.submit(facts_task, spec.model, pure=False))
     if facts.torch_threads is not None:  # as many as this process would use, so that both give the same bytes
         facts = replace(facts, torch_threads=torch.get_num_threads())
 
@@ -89,7 +90,7 @@ def plan_distributed(spec: DumpSpec, client: Client) -> DumpPlan:
             client.submit(longest_task, spec.model, rows[at : at + ROWS_TO_MEASURE], pure=False)
             for at in starts
         )
-        return max(future.result() for future in tasks)
+        return max(int(_result(future)) for future in tasks)
 
     return make_plan(spec, facts, measure)
 
@@ -110,7 +111,7 @@ def run_distributed(
     if isinstance(place, str | Path) and "://" not in str(place):
         place = Path(place).absolute()
 
-    def compute(
+    def write(
         writer: StoreWriter, shards: Sequence[int], held: Lease, on_progress: Callable[[int], None]
     ) -> Written:
         job = Job(
@@ -122,13 +123,15 @@ def run_distributed(
             torch_threads=find_torch_threads(writer),
             versions=find_versions(),
         )
-        with _installed(client, JobPlugin(job)) as name:
-            with _Run(client, name, held, on_progress, on_notice) as run:
-                written = run.write(map(plan.shard_rows, shards))
+        with (
+            _installed(client, JobPlugin(job)) as name,
+            _Run(client, name, held, on_progress, on_notice) as run,
+        ):
+            written = run.write(map(plan.shard_rows, shards))
         _wait_until_visible(writer, plan.layout.n_shards)
         return written
 
-    return complete(plan, compute, place, on_progress)
+    return run_with(write, plan, place, on_progress)
 
 
 class _Run:
@@ -207,7 +210,7 @@ class _Run:
     def _take(self, future: Future) -> None:
         work = self._pending.pop(future)
         if future.status == "finished":
-            self._written.add(future.result())
+            self._written.add(_result(future))
             self._on_progress(len(work.rows))
         elif future.status == "error":
             self._fail(work.shard, future.exception())
@@ -239,6 +242,15 @@ def _describe(cause: BaseException) -> str:
             "kills workers; their logs say which"
         )
     return f"{type(cause).__name__}: {cause}"
+
+
+def _result(future: Future) -> Any:
+    try:
+        return future.result()
+    except (CancelledError, TimeoutError) as error:
+        raise _scheduler_lost() from error
+    except KilledWorker as error:
+        raise OSError(f"the model could not be loaded: {_describe(error)}") from error
 
 
 def _scheduler_lost() -> OSError:

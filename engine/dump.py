@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmextract.engine import lease
+from mmextract.engine.completion import complete
 from mmextract.engine.images import RejectedSample, measure
 from mmextract.engine.layout import Layout
 from mmextract.engine.lease import Lease
@@ -160,8 +160,8 @@ class DumpSummary:
         return max(self.stage_seconds, key=lambda name: self.stage_seconds[name], default="none")
 
 
-Compute = Callable[[StoreWriter, Sequence[int], Lease, Callable[[int], None]], Written]
-"""Writes shards of a store: (writer, shards, its lease, on_progress) → what was done. Has the lease checked often."""
+Write = Callable[[StoreWriter, Sequence[int], Lease, Callable[[int], None]], Written]
+"""Writes shards of a store and checks its lease often: (writer, shards, lease, on_progress) → what was done."""
 
 
 def plan_dump(spec: DumpSpec, adapter: Adapter) -> DumpPlan:
@@ -256,7 +256,7 @@ def run_dump(
     stops it, a later call continues.
     """
 
-    def compute(
+    def write(
         writer: StoreWriter, shards: Sequence[int], held: Lease, on_progress: Callable[[int], None]
     ) -> Written:
         def advance(n_rows: int) -> None:
@@ -266,56 +266,34 @@ def run_dump(
         with torch_threads(find_torch_threads(writer)):
             return write_shards(plan.recipe, adapter, writer, map(plan.shard_rows, shards), advance)
 
-    return complete(plan, compute, place, on_progress)
+    return run_with(write, plan, place, on_progress)
 
 
-def complete(
-    plan: DumpPlan,
-    compute: Compute,
-    place: str | Path | Objects,
-    on_progress: Callable[[int], None],
+def run_with(
+    write: Write, plan: DumpPlan, place: str | Path | Objects, on_progress: Callable[[int], None]
 ) -> DumpSummary:
-    """Hold the store at `place` while `compute` writes what is missing of it, and finalise it; see `run_dump`."""
+    """Do as `run_dump` does, with shards that `write` writes."""
     started = time.perf_counter()
+    written = Written()
+
+    def compute(writer: StoreWriter, shards: Sequence[int], held: Lease) -> None:
+        on_progress(len(plan.rows) - sum(len(plan.layout.rows(shard)) for shard in shards))
+        written.add(write(writer, shards, held, on_progress))
+
     with ThreadPoolExecutor(plan.spec.threads, "mmextract-cpu") as executor:
         columns = make_columns(plan.rows, plan.spec.marking)
         writer = open_writer(place, plan.layout, columns, plan.attributes, executor)
-        if len(writer.committed()) == plan.layout.n_shards and writer.finalised():
-            lease.sweep(writer.objects)
-            n_resumed, written = len(plan.rows), Written()
-            on_progress(n_resumed)
-        else:
-            with Lease(objects=writer.objects) as held:
-                writer = replace(writer, guard=held.check)
-                n_resumed, written = _write_missing(plan, compute, writer, held, on_progress)
-                held.check()
-                writer.finalise()
+        committed = complete(writer, compute)
         reasons = writer.rejected()
     return DumpSummary(
         n_samples=len(plan.rows),
-        n_resumed=n_resumed,
+        n_resumed=sum(len(plan.layout.rows(shard)) for shard in committed),
         bytes_written=written.bytes_written,
         n_nonfinite=written.n_nonfinite,
         stage_seconds=written.stage_seconds,
         rejected={plan.rows[row].id: reason for row, reason in reasons.items()},
         seconds=time.perf_counter() - started,
     )
-
-
-def _write_missing(
-    plan: DumpPlan,
-    compute: Compute,
-    writer: StoreWriter,
-    held: Lease,
-    on_progress: Callable[[int], None],
-) -> tuple[int, Written]:
-    """Return the rows that were there already, and what was done for the others."""
-    committed = writer.committed()
-    writer.sweep(committed)
-    missing = [shard for shard in range(plan.layout.n_shards) if shard not in committed]
-    n_resumed = sum(len(plan.layout.rows(shard)) for shard in committed)
-    on_progress(n_resumed)
-    return n_resumed, compute(writer, missing, held, on_progress) if missing else Written()
 
 
 def find_torch_threads(writer: StoreWriter) -> int | None:

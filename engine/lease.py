@@ -23,7 +23,6 @@ This module knows nothing about shards, plans or models.
 from __future__ import annotations
 
 import json
-import os
 import socket
 import threading
 import time
@@ -31,11 +30,11 @@ import uuid
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from mmextract.engine.objects import Objects
+from mmextract.engine.processes import Process, this_process
 
 FOLDER, NAME = "shard_digest", "lease"
 """Inside an array, where Zarr looks for no members and complains of none."""
@@ -69,7 +68,7 @@ class Holder:
     process_started: int | None
     """Clock ticks from the kernel's start to that of the process, which tells it from a later one of the same pid."""
     kernel: str | None
-    """Names the boot and the pid namespace; None where the system does not say, and then only time tells."""
+    """See `processes.Process`; where it is None, only time tells."""
     since: float
     """When it got the lease, in UTC seconds."""
     until: float
@@ -79,9 +78,7 @@ class Holder:
         """Tell whether the lease has run out, or its process is seen not to exist any more."""
         if time.time() > self.until:
             return True
-        if self.kernel is None or self.kernel != _kernel():
-            return False
-        return not _is_running(self.pid, self.process_started)
+        return Process(pid=self.pid, started=self.process_started, kernel=self.kernel).is_gone()
 
     def __str__(self) -> str:
         return (
@@ -216,47 +213,16 @@ def _read(objects: Objects, key: str) -> Holder | None:
 
 
 def _this_process() -> Holder:
-    now = time.time()
+    now, process = time.time(), this_process()
     return Holder(
         owner=uuid.uuid4().hex,
         host=socket.gethostname(),
-        pid=os.getpid(),
-        process_started=_process_started(os.getpid()),
-        kernel=_kernel(),
+        pid=process.pid,
+        process_started=process.started,
+        kernel=process.kernel,
         since=now,
         until=now,
     )
-
-
-def _kernel() -> str | None:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return None
-
-
-def _process_started(pid: int) -> int | None:
-    """Return the start time of a live process in clock ticks; None if there is none (a zombie has ended)."""
-    try:
-        # the name in brackets may hold anything, brackets too
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
-
-
-def _is_running(pid: int, started: int | None) -> bool:
-    now = _process_started(pid)
-    if now is not None:
-        return now == started
-    try:
-        os.kill(pid, 0)  # /proc may hide the processes of other users
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return _process_started(pid) == started  # it began, or ended and was not waited for yet
 
 
 def _clock(seconds: float) -> str:

@@ -18,6 +18,8 @@ from typing import Protocol
 from zarr.abc.store import Store as ZarrStore
 from zarr.storage import LocalStore
 
+from mmextract.engine.processes import Process, this_process
+
 Buffer = bytes | bytearray | memoryview
 
 
@@ -86,9 +88,9 @@ class LocalObjects:
     def create(self, objects: Mapping[str, bytes], last: str) -> None:
         """Make the folder beside its place, flush it, and move it there: it exists whole or not at all."""
         assert last in objects
-        prefix = f".{self.root.name}.creating"
-        temporary = self.root.with_name(f"{prefix}-{uuid.uuid4().hex}")
         make_folders(self.root.parent)
+        self._sweep_beside()
+        temporary = self.root.with_name(f".{self.root.name}.{this_process()}.{uuid.uuid4().hex}.creating")
         try:
             for key, data in objects.items():
                 file = temporary / key
@@ -96,15 +98,19 @@ class LocalObjects:
                 file.write_bytes(data)
             flush_tree(temporary)
             temporary.rename(self.root)
-        except OSError:
-            if not self.occupied():
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            return  # another writer was first, and has swept this one's folder
+            return  # another writer was first
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         flush_folder(self.root.parent)
-        for left in self.root.parent.glob(f"{glob.escape(prefix)}-*"):
-            shutil.rmtree(left, ignore_errors=True)
+
+    def _sweep_beside(self) -> None:
+        """Remove what killed processes left of a `create`."""
+        for left in self.root.parent.glob(f".{glob.escape(self.root.name)}.*.creating"):
+            if Process.parse(left.name.split(".")[-3]).is_gone():
+                shutil.rmtree(left, ignore_errors=True)
 
     def put_new(self, key: str, data: bytes) -> bool:
         """Write a file unless there is one, whole and durably; of several writers one wins.

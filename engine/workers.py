@@ -30,7 +30,7 @@ from mmextract.engine.writer import StoreWriter
 PACKAGES = ("mmextract", "torch", "transformers", "zarr", "numpy")
 """Whose versions client and workers must share."""
 
-_MODEL_IN_USE = threading.Lock()
+_model_in_use = threading.Lock()
 """A worker may have several threads; hooks on a model are for one at a time."""
 
 
@@ -85,12 +85,12 @@ def _load(spec: ModelSpec) -> Adapter:
 
 
 def facts_task(spec: ModelSpec) -> ModelFacts:
-    with _MODEL_IN_USE:
-        return finddescribe_facts(_load(spec))
+    with _model_in_use:
+        return find_facts(_load(spec))
 
 
 def longest_task(spec: ModelSpec, rows: Sequence[Row]) -> int:
-    with _MODEL_IN_USE:
+    with _model_in_use:
         return longest(rows, _load(spec), threads=2)
 
 
@@ -106,7 +106,7 @@ def shard_task(plugin: str, work: ShardRows) -> Written:
                 "does not see the same storage under this path as the machine that started the run"
             )
 
-    with _MODEL_IN_USE, ThreadPoolExecutor(job.recipe.threads, "mmextract-cpu") as executor:
+    with _model_in_use, ThreadPoolExecutor(job.recipe.threads, "mmextract-cpu") as executor:
         guard()
         adapter = _checked(job, worker.address)
         writer = StoreWriter(layout=job.recipe.layout, objects=objects, executor=executor, guard=guard)
