@@ -113,7 +113,7 @@ class Lease:
         assert self._renewer is not None
         self._ended.set()
         self._renewer.join()
-        if not self._lost:
+        if is_held(self.objects, self.owner):
             self._release()
 
     @property

@@ -109,7 +109,7 @@ class LocalObjects:
     def _sweep_beside(self) -> None:
         """Remove what killed processes left of a `create`."""
         for left in self.root.parent.glob(f".{glob.escape(self.root.name)}.*.creating"):
-            if Process.parse(left.name.split(".")[-3]).is_gone():
+            if _is_of_a_dead_process(left.name):
                 shutil.rmtree(left, ignore_errors=True)
 
     def put_new(self, key: str, data: bytes) -> bool:
@@ -221,6 +221,13 @@ class LocalObjects:
 def locate(place: str | Path | Objects) -> Objects:
     """Return the objects at a path."""
     return LocalObjects(Path(place)) if isinstance(place, str | Path) else place
+
+
+def _is_of_a_dead_process(name: str) -> bool:
+    try:
+        return Process.parse(name.split(".")[-3]).is_gone()
+    except (ValueError, IndexError):
+        return False  # somebody else's
 
 
 def _beside(target: Path) -> Path:
