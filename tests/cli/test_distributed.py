@@ -29,7 +29,7 @@ SMALL = ("--limit", 6, "--layers", "0,-1", "--shard-samples", 4, "--batch-size",
 @contextmanager
 def dask(*arguments: object, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
     """Run `dask ARGUMENTS`, and end it."""
-    command = [sys.executable, "-m", f"distributed.cli.dask_{arguments[0]}", *map(str, arguments[1:])]
+    command = [sys.executable, "-m", "dask", *map(str, arguments)]
     process = subprocess.Popen(
         command, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -191,9 +191,9 @@ def test_a_run_that_is_interrupted_ends_its_workers_and_is_continued(
         "--limit",
         150,
     )
+    command = [str(Path(sys.executable).parent / "mmextract"), "dump", *map(str, options), "--workers", "1"]
     process = subprocess.Popen(
-        [Path(sys.executable).parent / "mmextract", "dump", *map(str, options), "--workers", "1"]
-        + ["-o", str(tmp_path / "a.zarr")],
+        [*command, "-o", str(tmp_path / "a.zarr")],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
