@@ -28,8 +28,8 @@ SMALL = ("--limit", 6, "--layers", "0,-1", "--shard-samples", 4, "--batch-size",
 
 @contextmanager
 def dask(*arguments: object, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run `dask ARGUMENTS`, and end it."""
-    command = [sys.executable, "-m", "dask", *map(str, arguments)]
+    """Run `dask ARGUMENTS`, and end it. -P: this folder's `kernels` must not be found in place of Hugging Face's."""
+    command = [sys.executable, "-P", "-m", "dask", *map(str, arguments)]
     process = subprocess.Popen(
         command, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

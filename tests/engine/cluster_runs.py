@@ -22,8 +22,6 @@ from mmextract.engine.dump import DumpPlan, DumpSpec, DumpSummary, plan_dump, ru
 from mmextract.engine.models import ModelSpec, load
 from mmextract.engine.samples import read_samples
 
-ROOT = Path(__file__).parents[2]
-
 
 def write_data(folder: Path, n_samples: int) -> Path:
     """Write questions of three lengths, one of which is too long for the model, as JSON Lines."""
@@ -59,28 +57,20 @@ def dump_here(spec: DumpSpec, store: Path) -> DumpSummary:
 
 @contextmanager
 def local_cluster(n_workers: int, **settings: Any) -> Iterator[Client]:
-    """Start a scheduler in this process and workers in processes of their own, which can import the tests."""
+    """Start a scheduler in this process and workers in processes of their own."""
     chosen: dict[str, Any] = {
         "threads_per_worker": 1,
         "memory_limit": None,
         "silence_logs": "CRITICAL",
         **settings,
     }
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(ROOT) if before is None else f"{ROOT}:{before}"
-    try:
-        with (
-            LocalCluster(
-                n_workers=n_workers, processes=True, host="127.0.0.1", dashboard_address=None, **chosen
-            ) as cluster,
-            Client(cluster, set_as_default=False) as client,
-        ):
-            yield client
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
+    with (
+        LocalCluster(
+            n_workers=n_workers, processes=True, host="127.0.0.1", dashboard_address=None, **chosen
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
 
 
 def worker_pids(client: Client) -> dict[str, int]:

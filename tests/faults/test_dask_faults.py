@@ -26,8 +26,8 @@ from mmextract.engine.dump import DumpPlan, DumpSpec
 from mmextract.engine.lease import StoreBusyError
 from mmextract.engine.store import open_store
 from tests.cli.test_distributed import dask, scheduler, worker_options
+from tests.engine import cluster_runs
 from tests.engine.cluster_runs import (
-    ROOT,
     dump_here,
     local_cluster,
     make_spec,
@@ -126,13 +126,12 @@ def run_worker_case(client: Client, plan: DumpPlan, inputs: Inputs, case: Case) 
 
 
 def start_client(inputs: Inputs, store: Path, scheduler_address: str, n_shards: int) -> subprocess.Popen[str]:
-    script = ROOT / "tests/engine/cluster_runs.py"
+    script = Path(cluster_runs.__file__)
     return subprocess.Popen(
         [sys.executable, script, inputs.data, inputs.model, store, scheduler_address, str(n_shards)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
 
 
@@ -178,7 +177,7 @@ def run_scheduler_case(inputs: Inputs, case: Case) -> None:
     rng = random.Random(f"{kind} {seed}")
     with (
         scheduler(folder) as file,
-        dask(*worker_options(file), "--local-directory", folder, PYTHONPATH=str(ROOT)),
+        dask(*worker_options(file), "--local-directory", folder),
         Client(scheduler_file=str(file), timeout=60, set_as_default=False) as connected,
     ):
         connected.wait_for_workers(1, timeout=120)
