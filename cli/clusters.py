@@ -68,7 +68,10 @@ def start(n_workers: int, model: ModelSpec) -> Iterator[Client]:
     with dask.config.set({"distributed.scheduler.allowed-failures": 5}), _start(n_workers, model) as cluster:
         from distributed import Client
 
+        from mmextract.engine.workers import IgnoreInterrupts
+
         with Client(cluster, set_as_default=False) as client:
+            client.register_plugin(IgnoreInterrupts())
             yield client
 
 
@@ -96,7 +99,10 @@ def _start(n_workers: int, model: ModelSpec) -> Cluster:
     gpus = given.split(",") if given else [str(index) for index in range(torch.cuda.device_count())]
     if n_workers > len(gpus):
         raise ValueError(f"--workers {n_workers} need as many GPUs, and there are {len(gpus)}")
-    return LocalCUDACluster(CUDA_VISIBLE_DEVICES=gpus[:n_workers], n_workers=n_workers, **settings)
+    cluster: Cluster = LocalCUDACluster(
+        CUDA_VISIBLE_DEVICES=gpus[:n_workers], n_workers=n_workers, **settings
+    )
+    return cluster
 
 
 def _client(address: str) -> Client:

@@ -27,6 +27,7 @@ from typing import Any, Self
 import dask
 import torch
 from distributed import Client, Future, KilledWorker
+from distributed.client import ClosedClientError
 
 from mmextract.engine.dump import (
     DumpPlan,
@@ -65,6 +66,9 @@ MOST_FAILURES = 8
 
 SECONDS_WITHOUT_WORKERS = 300.0
 """How long a run waits for a worker when all have gone."""
+
+SECONDS_TO_FETCH = 5.0
+"""How long the record of a shard that is done may take to arrive."""
 
 SECONDS_TO_SEE = 90.0
 """How long a commit of another machine may stay invisible: network file systems cache folders for up to a minute."""
@@ -129,6 +133,7 @@ def run_distributed(
         ):
             written = run.write(map(plan.shard_rows, shards))
         _wait_until_visible(writer, plan.layout.n_shards)
+        writer.sweep(set(range(plan.layout.n_shards)) - set(shards))  # after workers that were killed
         return written
 
     return run_with(write, plan, place, on_progress)
@@ -150,8 +155,8 @@ class _Run:
         self._held = held
         self._on_progress = on_progress
         self._on_notice = on_notice
-        self._pending: dict[Future, ShardRows] = {}
-        self._done: queue.Queue[Future] = queue.Queue()
+        self._pending: dict[Future[Written], ShardRows] = {}
+        self._done: queue.Queue[Future[Written]] = queue.Queue()
         self._written = Written()
         self._failed: dict[int, BaseException] = {}
 
@@ -189,7 +194,7 @@ class _Run:
     def _count_workers(self) -> int:
         try:
             return int(self._client.scheduler_info(n_workers=0)["n_workers"])
-        except (OSError, TimeoutError, AttributeError) as error:  # a closed client has no scheduler
+        except (OSError, TimeoutError, AttributeError, ClosedClientError) as error:  # no scheduler, or closed
             raise _scheduler_lost() from error
 
     def _submit(self, work: ShardRows) -> None:
@@ -197,7 +202,7 @@ class _Run:
         self._pending[future] = work
         future.add_done_callback(self._done.put)
 
-    def _finished(self, seconds: float = 1.0) -> Iterable[Future]:
+    def _finished(self, seconds: float = 1.0) -> Iterable[Future[Written]]:
         """Return what has ended by now, waiting for one at most so long."""
         try:
             ended = [self._done.get(timeout=seconds)]
@@ -207,15 +212,22 @@ class _Run:
             ended.append(self._done.get_nowait())
         return ended
 
-    def _take(self, future: Future) -> None:
-        work = self._pending.pop(future)
-        if future.status == "finished":
-            self._written.add(_result(future))
-            self._on_progress(len(work.rows))
-        elif future.status == "error":
+    def _take(self, future: Future[Written]) -> None:
+        work = self._pending[future]
+        if future.status == "cancelled":
+            raise _scheduler_lost()
+        if future.status == "error":
             self._fail(work.shard, future.exception())
         else:
-            raise _scheduler_lost()
+            try:
+                self._written.add(future.result(timeout=SECONDS_TO_FETCH))
+            except TimeoutError:  # its worker died with the record, and dask has the shard written again
+                future.add_done_callback(self._done.put)
+                return
+            except CancelledError as error:
+                raise _scheduler_lost() from error
+            self._on_progress(len(work.rows))
+        del self._pending[future]
         future.release()
 
     def _fail(self, shard: int, cause: BaseException) -> None:
@@ -244,7 +256,7 @@ def _describe(cause: BaseException) -> str:
     return f"{type(cause).__name__}: {cause}"
 
 
-def _result(future: Future) -> Any:
+def _result(future: Future[Any]) -> Any:
     try:
         return future.result()
     except (CancelledError, TimeoutError) as error:

@@ -8,6 +8,7 @@ to workers, nor about the client.
 from __future__ import annotations
 
 import platform
+import signal
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from importlib import metadata
 from typing import Any
 
 from distributed import Worker, WorkerPlugin, get_worker
+from transformers.utils.logging import disable_progress_bar
 
 from mmextract.engine.dump import ModelFacts, find_facts, longest
 from mmextract.engine.layout import to_plain
@@ -55,7 +57,7 @@ class Job:
     """The client's."""
 
 
-class JobPlugin(WorkerPlugin):  # type: ignore[misc]
+class JobPlugin(WorkerPlugin):
     """Brings the job to a worker, and lets go of its model when the run has ended."""
 
     def __init__(self, job: Job) -> None:
@@ -65,6 +67,16 @@ class JobPlugin(WorkerPlugin):  # type: ignore[misc]
     def teardown(self, worker: Worker) -> None:
         """Free the model."""
         _load.cache_clear()
+
+
+class IgnoreInterrupts(WorkerPlugin):
+    """Leaves Ctrl-C, which a terminal sends to the workers of its machine too, to the client, who ends them."""
+
+    name = "mmextract-ignore-interrupts"
+
+    def setup(self, worker: Worker) -> None:
+        """Take effect; dask calls this in the main thread."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def find_versions() -> dict[str, str]:
@@ -81,22 +93,28 @@ def find_versions() -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def _load(spec: ModelSpec) -> Adapter:
+    disable_progress_bar()
     return load(spec)
 
 
 def facts_task(spec: ModelSpec) -> ModelFacts:
+    """Load a model and say what a plan needs to know of it."""
     with _model_in_use:
         return find_facts(_load(spec))
 
 
 def longest_task(spec: ModelSpec, rows: Sequence[Row]) -> int:
+    """Return the number of tokens of the longest of some rows."""
     with _model_in_use:
         return longest(rows, _load(spec), threads=2)
 
 
 def shard_task(plugin: str, work: ShardRows) -> Written:
+    """Write one shard, as the job says that the plugin of that name brought. Raises WorkerMismatchError, OSError, …"""
     worker = get_worker()
-    job: Job = worker.plugins[plugin].job
+    brought = worker.plugins[plugin]
+    assert isinstance(brought, JobPlugin)
+    job = brought.job
     objects = locate(job.url)
 
     def guard() -> None:
@@ -120,10 +138,8 @@ def _checked(job: Job, address: str) -> Adapter:
     adapter = _load(job.model)
     theirs = describe_facts({"model": adapter.describe(), "device": adapter.device.type})
     if theirs != job.facts:
-        names = [
-            f"{part}.{name}" for part in ("model",) for name in _differing(job.facts[part], theirs[part])
-        ]
-        names += [] if theirs["device"] == job.facts["device"] else ["device"]
+        names = [f"model.{name}" for name in _differing(job.facts["model"], theirs["model"])]
+        names += [name for name in _differing(job.facts, theirs) if name != "model"]
         raise WorkerMismatchError(
             f"worker {address} has another model than the run was planned with; what differs: {', '.join(names)}"
         )
@@ -149,4 +165,5 @@ def check_same(ours: Mapping[str, str], theirs: Mapping[str, Mapping[str, str]])
 
 
 def describe_facts(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a store's `run` says of model and device, as JSON gives it back."""
     return to_plain({"model": run["model"], "device": run["device"]})

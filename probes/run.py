@@ -143,10 +143,10 @@ def run_probe(
         if key in keys:
             on_progress(1)
 
-    progress = Callback(posttask=count)  # type: ignore[no-untyped-call]
+    progress = Callback(posttask=count)
     with progress, threadpool_limits(1), warnings.catch_warnings():
         _prepare()
-        results = compute(  # type: ignore[no-untyped-call]
+        results = compute(
             *graph,
             scheduler=scheduler or choose_scheduler(plan, workers),
             num_workers=workers,
@@ -169,7 +169,7 @@ def _run_on_cluster(plan: ProbePlan, client: Client, on_progress: Callable[[int]
     }
     scores: dict[Cell, Sequence[TaskScores]] = {}
     try:
-        for future in as_completed(futures):
+        for future in as_completed(futures, loop=client.loop):
             scores[futures[future]] = future.result()
             on_progress(1)
     except CancelledError as error:

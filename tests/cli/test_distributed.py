@@ -67,7 +67,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What one process writes."""
     store = tmp_path_factory.mktemp("whole") / "a.zarr"
-    command = [Path(sys.executable).parent / "mmextract", "dump", *map(str, SMALL), "-o", store]
+    command = [str(Path(sys.executable).parent / "mmextract"), "dump", *map(str, SMALL), "-o", str(store)]
     subprocess.run(command, check=True, capture_output=True)
     return tree(store)
 

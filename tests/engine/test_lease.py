@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Barrier
+from typing import Any
 
 import pytest
 
@@ -69,7 +70,7 @@ def files(store: LocalObjects) -> list[str]:
 
 def write_holder(store: LocalObjects, **changes: object) -> Holder:
     """Leave the lease of a process of another machine, which has run out unless told otherwise."""
-    record = {
+    record: dict[str, Any] = {
         "owner": "0" * 32,
         "host": "elsewhere",
         "pid": 1,
