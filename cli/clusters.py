@@ -79,7 +79,11 @@ def _start(n_workers: int, model: ModelSpec) -> Cluster:
     import torch
 
     # the memory of a worker is its model's and its shard's: there is nothing to spill
-    settings: dict[str, Any] = {"threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
+    settings: dict[str, Any] = {
+        "threads_per_worker": 1,
+        "host": "127.0.0.1",
+        "dashboard_address": "127.0.0.1:0",
+    }
     settings |= {"memory_limit": None, "silence_logs": "ERROR"}
     if model.device == "cpu" or not torch.cuda.is_available():
         from distributed import LocalCluster

@@ -66,7 +66,7 @@ def local_cluster(n_workers: int, **settings: Any) -> Iterator[Client]:
     }
     with (
         LocalCluster(
-            n_workers=n_workers, processes=True, host="127.0.0.1", dashboard_address=None, **chosen
+            n_workers=n_workers, processes=True, host="127.0.0.1", dashboard_address="127.0.0.1:0", **chosen
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
