@@ -67,6 +67,9 @@ MOST_FAILURES = 8
 SECONDS_WITHOUT_WORKERS = 300.0
 """How long a run waits for a worker when all have gone."""
 
+ATTEMPTS_TO_TELL = 5
+"""Times that something is told to all workers, which fails if one dies meanwhile."""
+
 SECONDS_TO_FETCH = 5.0
 """How long the record of a shard that is done may take to arrive."""
 
@@ -278,11 +281,23 @@ def _installed(client: Client, plugin: JobPlugin) -> Iterator[str]:
 
     Leaving by an exception leaves it there: a worker that is stopped would not answer.
     """
-    client.register_plugin(plugin, name=plugin.name)
+    _tell_workers(lambda: client.register_plugin(plugin, name=plugin.name))
     # a shard of small states has many rows
     with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1GB"}):
         yield plugin.name
-    client.unregister_worker_plugin(plugin.name)
+    _tell_workers(lambda: client.unregister_worker_plugin(plugin.name))
+
+
+def _tell_workers(tell: Callable[[], object]) -> None:
+    """Call what is broadcast to all workers, again if one of them dies just then."""
+    for attempts_left in reversed(range(ATTEMPTS_TO_TELL)):
+        try:
+            tell()
+            return
+        except OSError as error:
+            if not attempts_left:
+                raise _scheduler_lost() from error
+            time.sleep(1)
 
 
 def _wait_until_visible(writer: StoreWriter, n_shards: int) -> None:
