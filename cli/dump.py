@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
+from mmextract.cli.clusters import connect, scheduler_options, start
 from mmextract.cli.options import data_options, marking_options, read_data, take_marking
 from mmextract.cli.reporting import exit_code, list_rejected, note, progress_bar, size
 
 if TYPE_CHECKING:
-    from mmextract.engine.dump import DumpPlan, DumpSummary
+    from mmextract.engine.dump import DumpPlan, DumpSpec, DumpSummary
 
 _MODEL_FIELDS = (
     "revision",
@@ -81,6 +84,17 @@ _MODEL_FIELDS = (
     "--threads", type=click.IntRange(min=1), help="Threads that decode and encode.  [default: all cores]"
 )
 @click.option(
+    "--torch-threads",
+    type=click.IntRange(min=1),
+    help="Threads that torch computes in on a CPU, which decide last bits.  [default: torch's own number]",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Write shards in N processes of this machine, each with a GPU of its own where there are GPUs.",
+)
+@scheduler_options
+@click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
@@ -92,52 +106,89 @@ _MODEL_FIELDS = (
 @click.option("--json", is_flag=True, help="Print the result as JSON on stdout.")
 @data_options
 @marking_options
-def dump(data: Path | None, model: str | None, output: Path, dry_run: bool, **options: Any) -> int:
+def dump(data: Path | None, output: Path, dry_run: bool, **options: Any) -> int:
     """Dump hidden states of every layer asked for, for DATA, into a Zarr store.
 
     DATA is a folder of images, a JSONL, CSV, Parquet, LLaVA or Qwen JSON file, or a Hugging Face data set on disk.
-    Without it the built-in paired data set is used. The same command again continues an interrupted run.
+    Without it the built-in paired data set is used. The same command again continues an interrupted run, with any
+    number of workers.
     """
-    from dataclasses import replace
-
     from transformers.utils.logging import disable_progress_bar
 
-    from mmextract.engine import builtin
-    from mmextract.engine.dump import DumpSpec, plan_dump, run_dump
-    from mmextract.engine.models import ModelSpec, load
+    as_json, where = options.pop("json"), _take_where(options)
+    spec, model = _read_spec(data, options.pop("model"), options, max(1, where[0] or 1))
+    disable_progress_bar()  # transformers' own, of the weights
+    note(f"{len(spec.dataset.samples)} samples from {spec.dataset.source}; loading {model}")
+    with _computer(spec, where) as (plan, run):
+        if dry_run:
+            click.echo(json.dumps(_plan_record(plan)) if as_json else _plan_text(plan, output))
+            return 0
+        with progress_bar("dump", len(plan.rows), "samples") as advance:
+            summary = run(output, advance)
+    click.echo(json.dumps(_summary_record(summary, output)) if as_json else _summary_text(summary, output))
+    list_rejected(summary.rejected)
+    return exit_code(summary.rejected)
 
-    as_json, positions = options.pop("json"), options.pop("position")
+
+def _take_where(options: dict[str, Any]) -> tuple[int | None, str | None, Path | None]:
+    """Return how many workers to start, or which scheduler to ask."""
+    where = tuple(options.pop(name) for name in ("workers", "scheduler", "scheduler_file"))
+    if sum(value is not None for value in where) > 1:
+        raise click.UsageError("give only one of --workers, --scheduler and --scheduler-file")
+    return where
+
+
+def _read_spec(
+    data: Path | None, model: str | None, options: dict[str, Any], n_workers: int
+) -> tuple[DumpSpec, str]:
+    """Return what to dump, and what the model is called. The cores are shared by the workers of this machine."""
+    from dataclasses import replace
+
+    from mmextract.engine import builtin
+    from mmextract.engine.dump import DumpSpec
+    from mmextract.engine.models import ModelSpec
+
+    positions = options.pop("position")
     marking = take_marking(options, default=builtin.marking() if data is None else None)
     dataset = read_data(data or builtin.DATA, options)
     if data is None:
         dataset = replace(dataset, source="builtin:data")
-    folder, own_adapter = builtin.locate_model(model or builtin.DEFAULT_MODEL)
+    model = model or builtin.DEFAULT_MODEL
+    folder, own_adapter = builtin.locate_model(model)
     settings = {name: options.pop(name) for name in _MODEL_FIELDS}
     settings["adapter"] = settings["adapter"] or own_adapter
-    model_spec = ModelSpec(model=folder, **settings)
     dtype, threads = options.pop("store_dtype"), options.pop("threads")
-    more = {"threads": threads} if threads else {}
     spec = DumpSpec(
         dataset=dataset,
-        model=model_spec,
+        model=ModelSpec(model=folder, **settings),
         marking=marking,
         positions=positions,
         dtype=dtype,
         **options,
-        **more,
+        **({"threads": threads} if threads else {}),
     )
-    disable_progress_bar()  # transformers' own, of the weights
-    note(f"{len(dataset.samples)} samples from {dataset.source}; loading {model or builtin.DEFAULT_MODEL}")
-    adapter = load(model_spec)
-    plan = plan_dump(spec, adapter)
-    if dry_run:
-        click.echo(json.dumps(_plan_record(plan)) if as_json else _plan_text(plan, output))
-        return 0
-    with progress_bar("dump", len(plan.rows), "samples") as advance:
-        summary = run_dump(plan, adapter, output, advance)
-    click.echo(json.dumps(_summary_record(summary, output)) if as_json else _summary_text(summary, output))
-    list_rejected(summary.rejected)
-    return exit_code(summary.rejected)
+    return (spec if threads else replace(spec, threads=max(2, spec.threads // n_workers))), model
+
+
+@contextmanager
+def _computer(
+    spec: DumpSpec, where: tuple[int | None, str | None, Path | None]
+) -> Iterator[tuple[DumpPlan, Callable[[Path, Callable[[int], None]], DumpSummary]]]:
+    """Yield the plan, and what runs it: this process, processes of this machine, or a cluster that is there."""
+    workers, scheduler, scheduler_file = where
+    if where == (None, None, None):
+        from mmextract.engine.dump import plan_dump, run_dump
+        from mmextract.engine.models import load
+
+        adapter = load(spec.model)
+        plan = plan_dump(spec, adapter)
+        yield plan, lambda output, advance: run_dump(plan, adapter, output, advance)
+        return
+    from mmextract.engine.distributed import plan_distributed, run_distributed
+
+    with start(workers, spec.model) if workers else connect(scheduler, scheduler_file) as client:
+        plan = plan_distributed(spec, client)
+        yield plan, lambda output, advance: run_distributed(plan, client, output, advance, note)
 
 
 def _plan_record(plan: DumpPlan) -> dict[str, Any]:

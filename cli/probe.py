@@ -6,12 +6,14 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 from click.core import ParameterSource
 
+from mmextract.cli.clusters import connect, scheduler_options
 from mmextract.cli.reporting import note, printable, progress_bar
 
 if TYPE_CHECKING:
@@ -72,6 +74,7 @@ _MOST_COLUMNS = 8
     default=0,
     help="Layers and positions at a time.  [default: cores]",
 )
+@scheduler_options
 @click.option("--allow-incomplete", is_flag=True, help="Probe a store that lacks samples.")
 @click.option(
     "-o",
@@ -97,14 +100,19 @@ def probe(
 
     _refuse_fixed(context, options["preset"])
     as_json = options.pop("json")
+    scheduler, scheduler_file = options.pop("scheduler"), options.pop("scheduler_file")
     positions, penalties = options.pop("position") or None, options.pop("c")
     settings = ProbeSettings(
         layers=_read_layers(store, layers), positions=positions, penalties=penalties, **options
     )
     plan = plan_probe(store, settings)
     _announce(plan.design.notes, plan.design.warnings)
-    with progress_bar("probe", len(plan.cells), "probes") as advance:
-        summary = Summary(plan, run_probe(plan, workers=workers, on_progress=advance))
+    on_cluster = scheduler or scheduler_file
+    with (
+        connect(scheduler, scheduler_file) if on_cluster else nullcontext() as client,
+        progress_bar("probe", len(plan.cells), "probes") as advance,
+    ):
+        summary = Summary(plan, run_probe(plan, workers=workers, client=client, on_progress=advance))
     _announce((), summary.anomalies)
     record = make_record(summary, shlex.join(["mmextract", *sys.argv[1:]]))
     files = write_outputs(summary, record, output)

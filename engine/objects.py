@@ -5,8 +5,11 @@ An object is a key and its bytes, written whole, once. This module knows nothing
 
 from __future__ import annotations
 
+import errno
+import glob
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +19,8 @@ from typing import Protocol
 
 from zarr.abc.store import Store as ZarrStore
 from zarr.storage import LocalStore
+
+from mmextract.engine.processes import Process, this_process
 
 Buffer = bytes | bytearray | memoryview
 
@@ -31,7 +36,13 @@ class Objects(Protocol):
         """Tell whether anything is there at all."""
 
     def create(self, objects: Mapping[str, bytes], last: str) -> None:
-        """Write all of `objects` where nothing is yet; `last` of them is seen last, and then the others are there."""
+        """Write all of `objects` where nothing is yet; `last` of them is seen last, and then the others are there.
+
+        Where another writer is first, his objects stand.
+        """
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        """Write an object unless there is one under `key`; of several writers one wins. Tell whether this one did."""
 
     def settle(self, prefix: str) -> None:
         """Make sure that what `list` names under `prefix` is there to stay, whatever became of the run that put it."""
@@ -50,6 +61,9 @@ class Objects(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove an object; it is no error if there is none."""
+
+    def sweep(self, prefix: str) -> None:
+        """Remove what writers that were killed left directly under `prefix` and is no object."""
 
     def list(self, prefix: str) -> Iterator[str]:
         """Yield the names of what is directly under `prefix`: objects, and prefixes of further ones."""
@@ -83,17 +97,23 @@ class LocalObjects:
     def create(self, objects: Mapping[str, bytes], last: str) -> None:
         """Make the folder beside its place, flush it, and move it there: it exists whole or not at all."""
         assert last in objects
-        temporary = self.root.with_name(f".{self.root.name}.creating")
+        temporary = self.root.with_name(f".{self.root.name}.{this_process()}.{uuid.uuid4().hex}.creating")
         with naming(self.root):
-            if temporary.exists():  # of a run that was stopped; none of its files may get into this store
-                shutil.rmtree(temporary)
             make_folders(self.root.parent)
-            for key, data in objects.items():
-                file = temporary / key
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(data)
-            flush_tree(temporary)
-            temporary.rename(self.root)
+            self._sweep_beside()
+            try:
+                for key, data in objects.items():
+                    file = temporary / key
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_bytes(data)
+                flush_tree(temporary)
+                temporary.rename(self.root)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                return  # another writer was first
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
             flush_folder(self.root.parent)
 
     def settle(self, prefix: str) -> None:
@@ -104,14 +124,49 @@ class LocalObjects:
                 if os.access(changed, os.W_OK):  # where we cannot write, nothing is of our making
                     flush_folder(changed)
 
+    def _sweep_beside(self) -> None:
+        """Remove what killed processes left of a `create`."""
+        for left in self.root.parent.glob(f".{glob.escape(self.root.name)}.*.creating"):
+            if _is_of_a_dead_process(left.name):
+                shutil.rmtree(left, ignore_errors=True)
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        """Write a file unless there is one, whole and durably; of several writers one wins.
+
+        It is written aside and linked into its place, which fails if that is taken. A file system without links
+        creates it in place, where a reader may for a moment see it short.
+        """
+        target = self.root / key
+        make_folders(target.parent)
+        temporary = _beside(target)
+        try:
+            write_new(temporary, data)
+            try:
+                target.hardlink_to(temporary)
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
+                write_new(target, data)
+        except FileExistsError:
+            return False
+        except FileNotFoundError:
+            if not target.parent.is_dir():
+                raise
+            return False  # another writer was first, and swept
+        finally:
+            temporary.unlink(missing_ok=True)
+        flush_folder(target.parent)
+        return True
+
     def put(self, key: str, parts: Sequence[Buffer]) -> None:
         """Write the concatenation of `parts` under `key`.
 
         The bytes go to a temporary file, which is flushed to disk, renamed, and its folder flushed. Raises OSError if
-        any of this fails; unless it was the last, the key then holds what it held.
+        any of this fails; unless it was the last, the key then holds what it held. Its name is new each time: of two
+        processes that write the same key, neither sees a part of the other's.
         """
         target = self.root / key
-        temporary = target.with_name(f".{target.name}.partial")
+        temporary = _beside(target)
         with naming(target):
             make_folders(target.parent)
             try:
@@ -147,8 +202,21 @@ class LocalObjects:
         """Remove a file, durably."""
         target = self.root / key
         if target.exists():
-            target.unlink()
+            target.unlink(missing_ok=True)
             flush_folder(target.parent)
+
+    def sweep(self, prefix: str) -> None:
+        """Remove the temporary files directly under `prefix`. One that is being written fails its writer."""
+        folder = self.root / prefix
+        if folder.is_dir():
+            with os.scandir(folder) as entries:
+                left = [
+                    entry.path
+                    for entry in entries
+                    if entry.name.startswith(".") and entry.name.endswith(".partial")
+                ]
+            for path in left:
+                Path(path).unlink(missing_ok=True)
 
     def list(self, prefix: str) -> Iterator[str]:
         """Yield the names of the files and folders directly under `prefix`, hidden ones left out."""
@@ -186,6 +254,17 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def _is_of_a_dead_process(name: str) -> bool:
+    try:
+        return Process.parse(name.split(".")[-3]).is_gone()
+    except (ValueError, IndexError):
+        return False  # somebody else's
+
+
+def _beside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+
+
 def make_folders(folder: Path) -> None:
     """Create a folder and its parents, so that they survive a loss of power.
 
@@ -205,6 +284,14 @@ def _flush_entry(folder: Path) -> None:
     """Flush the name of a folder that was found, once; in a place where we cannot write, it is not of our making."""
     if os.access(folder.parent, os.W_OK):
         flush_folder(folder.parent)
+
+
+def write_new(file: Path, data: bytes) -> None:
+    """Write a file that must not be there yet, and flush it to disk. Raises FileExistsError."""
+    with file.open("xb") as opened:
+        opened.write(data)
+        opened.flush()
+        os.fsync(opened.fileno())
 
 
 def flush_folder(folder: Path) -> None:

@@ -30,7 +30,7 @@ def to_dask(store: Store, layer: int, position: str) -> dask.array.Array:
     layer_index, (position_index,) = store.find(layer, [position])
     size = store.shard_samples
     rows = [min(size, store.n_samples - start) for start in range(0, store.n_samples, size)]
-    array: dask.array.Array = dask.array.map_blocks(  # type: ignore[no-untyped-call]
+    array: dask.array.Array = dask.array.map_blocks(
         _read_block,
         store=replace(store),  # without the columns that it may have read already
         layer_index=layer_index,

@@ -6,7 +6,7 @@ This module knows nothing about models, images or watermarks; what it promises i
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -46,10 +46,21 @@ class StoreWriter:
     layout: Layout
     objects: Objects
     executor: ThreadPoolExecutor = field(repr=False)
+    guard: Callable[[], None] = lambda: None
+    """Raises if this writer must not commit any more; asked before each commit."""
 
     def committed(self) -> set[int]:
         """Return the shards that exist."""
         return {int(name) for name in self.objects.list("shard_digest/c")}
+
+    def sweep(self, committed: set[int]) -> None:
+        """Remove what killed writers left that is no object; only the one who holds the store may do this."""
+        begun = {int(name) for name in self.objects.list("hidden_states/c")} - committed
+        prefixes = ["", "shard_digest/c", "rejected/c"]
+        prefixes += [prefix for name in self.layout.record_fields for prefix in (name, f"{name}/c")]
+        prefixes += [p for shard in begun for p in (f"hidden_states/c/{shard}/0/0", f"record/c/{shard}")]
+        for prefix in prefixes:
+            self.objects.sweep(prefix)
 
     def write_shard(
         self, shard: int, states: NDArray[Any], records: NDArray[np.int64], rejected: Mapping[int, str]
@@ -68,6 +79,7 @@ class StoreWriter:
         for key, pieces in zip(shard_keys(shard), parts, strict=False):
             self.objects.put(key, pieces)
         digest = shards.digest(parts, seed=shard_seed(self.run, shard))
+        self.guard()
         self.objects.put(f"shard_digest/c/{shard}", [digest.to_bytes(8, "little")])
         return sum(map(len, encoded))
 
@@ -162,7 +174,6 @@ def open_writer(
     objects = locate(place)
     if not objects.occupied():
         objects.create(first_objects(layout, columns, attributes), last=ROOT)
-        return StoreWriter(layout=layout, objects=objects, executor=executor)
     identity = identify(objects)
     _refuse_other(objects, identity, to_plain(attributes["run"]))
     for prefix in ("", "shard_digest/c"):  # what makes a store, and a shard, exist

@@ -9,9 +9,10 @@ import os
 import signal
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from dask.base import compute
@@ -29,8 +30,14 @@ from mmextract.probes.settings import UNGROUPED, ProbeSettings
 from mmextract.probes.solvers import SOLVERS
 from mmextract.probes.tasks import Task, make_tasks
 
+if TYPE_CHECKING:
+    from distributed import Client
+
 SECONDS_WORTH_PROCESSES = 10.0
 """Work from which on worker processes pay, which take 3 s to start."""
+
+CLUSTER_RETRIES = 2
+"""Times that a cluster repeats a task that raised."""
 
 Cell = tuple[int, str]
 """A layer and a position."""
@@ -113,14 +120,18 @@ def run_probe(
     *,
     workers: int = 0,
     scheduler: str | None = None,
+    client: Client | None = None,
     on_progress: Callable[[int], None] = lambda n_cells: None,
 ) -> Scores:
     """Score every layer and position, each in a Dask task that reads nothing but its own states.
 
     workers: tasks at a time, 0 for one a core. scheduler: a name that Dask knows, such as `threads` or
-    `processes`; None chooses (see `choose_scheduler`). on_progress is called with the number of tasks done
-    since its last call. Raises ValueError for states that are not finite, saying where.
+    `processes`; None chooses (see `choose_scheduler`). client: of a cluster, whose workers see the store by its path
+    and take the tasks, whatever `workers` and `scheduler` say. on_progress is called with the number of tasks done
+    since its last call. Raises ValueError for states that are not finite, saying where; OSError if the cluster is lost.
     """
+    if client is not None:
+        return _run_on_cluster(plan, client, on_progress)
     workers = min(workers or _cores(), len(plan.cells))
     score = delayed(score_cell, pure=False)
     # the plan has no lazy parts, and looking for them in every sample takes longer than a probe
@@ -132,10 +143,10 @@ def run_probe(
         if key in keys:
             on_progress(1)
 
-    progress = Callback(posttask=count)  # type: ignore[no-untyped-call]
+    progress = Callback(posttask=count)
     with progress, threadpool_limits(1), warnings.catch_warnings():
         _prepare()
-        results = compute(  # type: ignore[no-untyped-call]
+        results = compute(
             *graph,
             scheduler=scheduler or choose_scheduler(plan, workers),
             num_workers=workers,
@@ -143,6 +154,35 @@ def run_probe(
             chunksize=1,
         )
     return dict(zip(plan.cells, results, strict=True))
+
+
+def _run_on_cluster(plan: ProbePlan, client: Client, on_progress: Callable[[int], None]) -> Scores:
+    """Score each layer and position in a task; the plan goes to each worker once."""
+    from distributed import as_completed
+
+    if "://" not in str(plan.store):
+        plan = replace(plan, store=Path(plan.store).absolute())
+    shared = client.scatter(plan, broadcast=True, hash=False)
+    futures = {
+        client.submit(_score_on_worker, shared, *cell, pure=False, retries=CLUSTER_RETRIES): cell
+        for cell in plan.cells
+    }
+    scores: dict[Cell, Sequence[TaskScores]] = {}
+    try:
+        for future in as_completed(futures, loop=client.loop):
+            scores[futures[future]] = future.result()
+            on_progress(1)
+    except CancelledError as error:
+        raise OSError(
+            "the connection to the scheduler, or to all of its workers, was lost: probe again"
+        ) from error
+    return {cell: scores[cell] for cell in plan.cells}
+
+
+def _score_on_worker(plan: ProbePlan, layer: int, position: str) -> Sequence[TaskScores]:
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return score_cell(plan, layer, position)
 
 
 def choose_scheduler(plan: ProbePlan, workers: int) -> str:

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import xarray as xr
 import xxhash
 import zarr
 
+from mmextract.engine import completion
 from mmextract.engine.assembly import to_numpy
 from mmextract.engine.integrity import fingerprint, shard_seed
 from mmextract.engine.layout import Layout
+from mmextract.engine.lease import Lease
+from mmextract.engine.processes import this_process
 from mmextract.engine.store import open_store
 from mmextract.engine.writer import OtherRunError, StoreWriter, open_writer
 
@@ -61,9 +65,12 @@ def write(writer: StoreWriter, shard: int, rejected: dict[int, str] | None = Non
 
 def complete(path: Path, executor: ThreadPoolExecutor, chosen: Layout | None = None) -> StoreWriter:
     writer = open_new(path, executor, chosen)
-    for shard in range(writer.layout.n_shards):
-        write(writer, shard, {1: "no such file: é"} if shard == 1 else None)
-    writer.finalise()
+
+    def compute(writer: StoreWriter, missing: Sequence[int], held: Lease) -> None:
+        for shard in missing:
+            write(writer, shard, {1: "no such file: é"} if shard == 1 else None)
+
+    completion.complete(writer, compute)
     return writer
 
 
@@ -149,14 +156,14 @@ def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path: Path, executor: Thr
     writer = open_new(tmp_path / "part.zarr", executor)
     write(writer, 1, {1: "no such file: é"})
     (tmp_path / "part.zarr" / "hidden_states/c/2/0/0").mkdir(parents=True)
-    (tmp_path / "part.zarr" / "hidden_states/c/2/0/0/.0.partial").write_bytes(
-        b"half a sha"
-    )  # as a kill leaves it
-    again = open_new(tmp_path / "part.zarr", executor)
-    assert again.committed() == {1}
-    write(again, 2)
-    write(again, 0)
-    again.finalise()
+    for left in (
+        "hidden_states/c/2/0/0/.0.ab.partial",
+        "shard_digest/c/.2.cd.partial",
+        ".zarr.json.ef.partial",
+    ):
+        (tmp_path / "part.zarr" / left).write_bytes(b"half a sha")  # as a kill leaves it
+    assert open_new(tmp_path / "part.zarr", executor).committed() == {1}
+    complete(tmp_path / "part.zarr", executor)
     assert tree(tmp_path / "part.zarr") == tree(tmp_path / "whole.zarr")
 
 
@@ -164,7 +171,9 @@ def test_a_kill_during_creation_or_finalisation_leaves_nothing_behind(
     tmp_path: Path, executor: ThreadPoolExecutor
 ) -> None:
     complete(tmp_path / "whole.zarr", executor)
-    (tmp_path / ".part.zarr.creating/sample").mkdir(parents=True)
+    dead = replace(this_process(), started=1)
+    (tmp_path / f".part.zarr.{dead}.0.creating/sample").mkdir(parents=True)
+    (tmp_path / f".part.zarr.{this_process()}.0.creating/sample").mkdir(parents=True)
     writer = open_new(tmp_path / "part.zarr", executor)
     for shard in range(3):
         write(writer, shard, {1: "no such file: é"} if shard == 1 else None)
@@ -174,7 +183,18 @@ def test_a_kill_during_creation_or_finalisation_leaves_nothing_behind(
     writer.finalise()
     assert writer.finalised()
     assert tree(tmp_path / "part.zarr") == tree(tmp_path / "whole.zarr")
-    assert not (tmp_path / ".part.zarr.creating").exists()
+    assert [left.name for left in tmp_path.glob("*.creating")] == [f".part.zarr.{this_process()}.0.creating"]
+
+
+def test_of_many_that_create_one_store_one_does_and_all_see_it_whole(
+    tmp_path: Path, executor: ThreadPoolExecutor
+) -> None:
+    for i in range(5):
+        with ThreadPoolExecutor(4) as many:
+            writers = list(many.map(lambda _, i=i: open_new(tmp_path / f"{i}.zarr", executor), range(4)))
+        assert all(writer.committed() == set() for writer in writers)
+        assert open_store(tmp_path / f"{i}.zarr").missing == N
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_store_of_another_run_is_refused_with_what_differs(

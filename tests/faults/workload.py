@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 
 from mmextract.cli.main import group, main
 from mmextract.cli.reporting import exit_code, list_rejected
+from mmextract.engine.completion import complete
 from mmextract.engine.layout import Layout
+from mmextract.engine.lease import Lease
 from mmextract.engine.objects import Objects
 from mmextract.engine.writer import StoreWriter, open_writer
 
@@ -88,18 +90,22 @@ class Stub:
     def dump(
         self, place: Path | Objects, on_commit: Callable[[int], None] = _ignore, threads: int = 2
     ) -> Summary:
-        """Write what is missing of the store and finalise it, in the steps of `engine.dump.run_dump`."""
+        """Write what is missing of the store and finalise it, on the path that every run takes."""
+        n_written = 0
+
+        def compute(writer: StoreWriter, shards: Sequence[int], held: Lease) -> None:
+            nonlocal n_written
+            for shard in shards:
+                writer.write_shard(shard, *self.shard(shard))
+                held.check()
+                n_written += 1
+                on_commit(shard)
+
         with ThreadPoolExecutor(threads) as executor:
             writer = self.open(place, executor)
-            committed = writer.committed()
-            missing = [shard for shard in range(writer.layout.n_shards) if shard not in committed]
-            for shard in missing:
-                writer.write_shard(shard, *self.shard(shard))
-                on_commit(shard)
-            if missing or not writer.finalised():
-                writer.finalise()
-        rejected = {f"s{row:08}": reason for row, reason in writer.rejected().items()}
-        return Summary(n_resumed=len(committed), n_written=len(missing), rejected=rejected)
+            committed = complete(writer, compute)
+            rejected = {f"s{row:08}": reason for row, reason in writer.rejected().items()}
+        return Summary(n_resumed=len(committed), n_written=n_written, rejected=rejected)
 
 
 def add_command(on_commit: Callable[[int], None] = _ignore) -> None:
