@@ -27,6 +27,7 @@ from mmextract.engine.capture import Capture
 from mmextract.engine.images import RejectedSample, decode, measure
 from mmextract.engine.layout import Layout
 from mmextract.engine.models import Adapter, Encoded, ModelSpec
+from mmextract.engine.objects import Objects
 from mmextract.engine.rows import Marking, Row, describe_marking, make_columns, make_rows
 from mmextract.engine.samples import Dataset
 from mmextract.engine.selection import Position, parse_layers, parse_positions
@@ -182,9 +183,12 @@ def plan_dump(spec: DumpSpec, adapter: Adapter) -> DumpPlan:
 
 
 def run_dump(
-    plan: DumpPlan, adapter: Adapter, path: Path, on_progress: Callable[[int], None] = lambda n_rows: None
+    plan: DumpPlan,
+    adapter: Adapter,
+    place: str | Path | Objects,
+    on_progress: Callable[[int], None] = lambda n_rows: None,
 ) -> DumpSummary:
-    """Write what is missing of the store at `path`, and finalise it.
+    """Write what is missing of the store at `place`, and finalise it.
 
     on_progress is called with the number of rows done since the last call. Raises `store.OtherRunError` if another
     run made the store, OSError if it cannot be written. Whatever stops it, a later call continues.
@@ -192,7 +196,7 @@ def run_dump(
     started = time.perf_counter()
     with ThreadPoolExecutor(plan.spec.threads, "mmextract-cpu") as executor:
         columns = make_columns(plan.rows, plan.spec.marking)
-        writer = open_writer(path, plan.layout, columns, plan.attributes, executor)
+        writer = open_writer(place, plan.layout, columns, plan.attributes, executor)
         committed = writer.committed()
         missing = [shard for shard in range(plan.layout.n_shards) if shard not in committed]
         summary = DumpSummary(n_samples=len(plan.rows))

@@ -32,6 +32,7 @@ import zarr
 from numpy.typing import NDArray
 
 from mmextract.engine import shards
+from mmextract.engine.columns import WholeColumns
 from mmextract.engine.layout import FORMAT
 from mmextract.engine.objects import Objects, locate
 
@@ -166,7 +167,7 @@ def open_store(place: str | Path | Objects) -> Store:
             f"there is no store at {objects.url}: make one with `mmextract dump -o {objects.url}`"
         )
     read_attributes(objects)
-    return Store(objects, zarr.open_group(objects.to_zarr(), mode="r"))
+    return Store(objects, zarr.open_group(WholeColumns(objects.to_zarr()), mode="r"))
 
 
 def read_attributes(objects: Objects) -> Mapping[str, Any]:

@@ -112,7 +112,9 @@ def open_writer(
     Raises OtherRunError, with what differs, if another run began it; ValueError if something else is at `place`.
     """
     objects = locate(place)
-    if objects.occupied():
+    if objects.get(ROOT) is None:
+        objects.create(first_objects(layout, columns, attributes), last=ROOT)
+    else:
         differences = _differences(read_attributes(objects).get("run"), to_plain(attributes["run"]))
         if differences:
             raise OtherRunError(
@@ -120,8 +122,6 @@ def open_writer(
                 + "\n  ".join(differences)
                 + "\nGive another -o, or remove it."
             )
-    else:
-        objects.create(first_objects(layout, columns, attributes), last=ROOT)
     return StoreWriter(layout=layout, objects=objects, executor=executor)
 
 
