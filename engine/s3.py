@@ -14,10 +14,10 @@ leaves parts that no reader sees and that cost money until the bucket's lifecycl
 
 Retries: obstore tries a request again, at most `max_retries` times (10) within RETRY_SECONDS after the first attempt,
 for an answer 5xx, 429 or 408, a connection that is refused or broken, and a request that takes longer than
-AWS_TIMEOUT (60 s); waits double from 0.1 s to at most 10 s. What it does not dare to repeat, because it might have
-had an effect, and answers that break off are tried up to ATTEMPTS times: all that is done here may be done twice. So
-no request takes longer than ATTEMPTS × (RETRY_SECONDS + AWS_TIMEOUT), and a server that is down is told of within that.
-403, 404 and 412 fail at once.
+AWS_TIMEOUT (60 s); waits double from 0.1 s to at most 10 s. What it does not dare to repeat, because it
+might have had an effect, and answers that break off are tried up to ATTEMPTS times within RETRY_SECONDS: all that is
+done here may be done twice. So no request takes longer than 2 × RETRY_SECONDS + AWS_TIMEOUT, 5 minutes, and a server
+that is down is told of within that. 403, 404 and 412 fail at once.
 
 This module knows nothing about arrays or shards.
 """
@@ -54,7 +54,7 @@ Result = TypeVar("Result")
 
 TIMEOUT_SECONDS = 60
 RETRY_SECONDS = 120
-ATTEMPTS = 3
+ATTEMPTS = 5
 PART_BYTES = 8 << 20
 """Size above which an object goes up in parts, and of each part."""
 PARTS_AT_ONCE = 4
@@ -207,12 +207,13 @@ class S3Objects:
         Raises FileNotFoundError if there is no such object, FileExistsError if there was to be none, ValueError for a
         range behind the end, another OSError for all else.
         """
+        latest = time.monotonic() + RETRY_SECONDS
         for attempt in range(ATTEMPTS):
             try:
                 return request()
             except (BaseError, FileNotFoundError) as error:
                 failure = Failure.of(error)
-            if not failure.worth_another_try:
+            if not failure.worth_another_try or time.monotonic() > latest:
                 break
             time.sleep(0.1 * 2**attempt)
         raise failure.to_error(self.url, deed, key)  # out here, so that obstore's own is not its context

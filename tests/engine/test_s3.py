@@ -191,7 +191,7 @@ def test_a_creation_whose_answer_is_lost_is_known_as_our_own(
 @pytest.mark.parametrize("kind", ["500", "503", "reset", "lost", "truncated"])
 def test_what_passes_is_tried_again(bucket: Bucket, proxy: Proxy, kind: str) -> None:
     s3 = S3Objects(bucket.url("a.zarr"), max_retries=8)
-    proxy.follow(Plan(share=0.4, kinds=(kind,), seed=1))
+    proxy.follow(Plan(share=0.3, kinds=(kind,), seed=1))
     for n in range(6):
         s3.put(f"a/{n}", [b"%d" % n])
         assert s3.get(f"a/{n}") == b"%d" % n
