@@ -60,6 +60,16 @@ PART_BYTES = 8 << 20
 PARTS_AT_ONCE = 4
 
 _URL = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9._-]+)/([^\x00-\x1f\x7f\\{}^%`\[\]\"<>~#|?]+)")
+_CLIENT = (
+    "timeout",
+    "connect_timeout",
+    "allow_http",
+    "allow_invalid_certificates",
+    "proxy_url",
+    "proxy_excludes",
+    "proxy_ca_certificate",
+)
+"""Those of obstore's client options that are taken from AWS_<NAME>, which it leaves to us once any is given."""
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 
 
@@ -172,7 +182,7 @@ class S3Objects:
         backoff = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=10), "base": 2}
         limit = timedelta(seconds=RETRY_SECONDS)
         retry: Any = {"max_retries": self.max_retries, "retry_timeout": limit, "backoff": backoff}
-        return S3Store(bucket, prefix=prefix, config=_client_settings(), retry_config=retry)
+        return S3Store(bucket, prefix=prefix, client_options=_client_options(), retry_config=retry)
 
     def _walk(self, prefix: str) -> Iterator[ObjectMeta]:
         for some in obstore.list(self._store, prefix, chunk_size=1000):
@@ -263,23 +273,26 @@ def split_url(url: str) -> tuple[str, str]:
     return match[1], match[2]
 
 
-def _client_settings() -> Any:
-    """Return what obstore should not take from its own defaults. Raises ValueError for an endpoint it cannot use."""
-    settings: dict[str, Any] = {} if "AWS_TIMEOUT" in os.environ else {"timeout": f"{TIMEOUT_SECONDS}s"}
+def _client_options() -> Any:
+    """Return how connections are made, from the environment. Raises ValueError for an endpoint that cannot be used."""
+    given = {
+        name: os.environ[f"AWS_{name.upper()}"] for name in _CLIENT if f"AWS_{name.upper()}" in os.environ
+    }
+    options: dict[str, Any] = {"timeout": f"{TIMEOUT_SECONDS}s", **given}
     name = next((name for name in _ENDPOINTS if os.environ.get(name)), None)
     if name is None:
-        return settings
+        return options
     endpoint = urlsplit(os.environ[name])
     if endpoint.scheme not in ("http", "https") or not endpoint.hostname or endpoint.username:
         raise ValueError(f"{name} must be http://host:port or https://host:port, without a user's name")
-    if endpoint.scheme == "http" and "AWS_ALLOW_HTTP" not in os.environ:
+    if endpoint.scheme == "http" and "allow_http" not in options:
         if not _is_this_machine(endpoint.hostname):
             raise ValueError(
                 f"{name} has no TLS, so that others could read the data on their way: set AWS_ALLOW_HTTP=true if that "
                 "is meant"
             )
-        settings["allow_http"] = True
-    return settings
+        options["allow_http"] = True
+    return options
 
 
 def _is_this_machine(host: str) -> bool:

@@ -98,5 +98,6 @@ def make_bucket(endpoint: str, name: str) -> Bucket:
 
 def request(method: str, url: str, data: bytes | None = None) -> None:
     """Make a plain request to the server."""
-    with urllib.request.urlopen(urllib.request.Request(url, data, method=method), timeout=60):
+    headers = {"Content-Type": "text/plain"}
+    with urllib.request.urlopen(urllib.request.Request(url, data, headers, method=method), timeout=60):
         pass

@@ -1,5 +1,8 @@
-"""Row E: an S3 server that errs. Whatever it answers, a run ends in success or in a clear error, after which the same run
-continues to the very objects of an undisturbed one."""
+"""Row E: an S3 server that errs.
+
+Whatever it answers, a run ends in success or in a clear error, after which the same run continues to the very objects
+of an undisturbed one.
+"""
 
 from __future__ import annotations
 
