@@ -16,7 +16,17 @@ COME_WITH_SHARDS = ("hidden_states", "record", "rejected", "shard_digest")
 
 
 class WholeColumns(WrapperStore[ZarrStore]):
-    """A Zarr store that raises FileNotFoundError for a missing chunk of any other array."""
+    """A Zarr store that raises FileNotFoundError for a missing chunk of any other array.
+
+    url: what the user calls it.
+    """
+
+    def __init__(self, store: ZarrStore, url: str = "the store") -> None:
+        super().__init__(store)
+        self._url = url
+
+    def _with_store(self, store: ZarrStore) -> WholeColumns:
+        return WholeColumns(store, self._url)
 
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
@@ -25,5 +35,5 @@ class WholeColumns(WrapperStore[ZarrStore]):
         value = await super().get(key, prototype, byte_range)
         name, _, chunk = key.partition("/")
         if value is None and chunk.startswith("c/") and name not in COME_WITH_SHARDS:
-            raise FileNotFoundError(f"the store has lost {key}: `mmextract verify` lists all that is lost")
+            raise FileNotFoundError(f"{self._url} has lost {key}: `mmextract verify` lists all that is lost")
         return value

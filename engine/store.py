@@ -167,7 +167,7 @@ def open_store(place: str | Path | Objects) -> Store:
             f"there is no store at {objects.url}: make one with `mmextract dump -o {objects.url}`"
         )
     read_attributes(objects)
-    return Store(objects, zarr.open_group(WholeColumns(objects.to_zarr()), mode="r"))
+    return Store(objects, zarr.open_group(WholeColumns(objects.to_zarr(), objects.url), mode="r"))
 
 
 def read_attributes(objects: Objects) -> Mapping[str, Any]:
