@@ -16,7 +16,7 @@ COME_WITH_SHARDS = ("hidden_states", "record", "rejected", "shard_digest")
 
 
 class WholeColumns(WrapperStore[ZarrStore]):
-    """A Zarr store that raises FileNotFoundError for a missing chunk of any other array.
+    """A Zarr store that raises FileNotFoundError for a missing chunk of any other array, or missing metadata.
 
     url: what the user calls it.
     """
@@ -34,6 +34,7 @@ class WholeColumns(WrapperStore[ZarrStore]):
         """Return the value under `key`, None if there is none and that is no loss."""
         value = await super().get(key, prototype, byte_range)
         name, _, chunk = key.partition("/")
-        if value is None and chunk.startswith("c/") and name not in COME_WITH_SHARDS:
+        must_be_there = key == "zarr.json" or (chunk.startswith("c/") and name not in COME_WITH_SHARDS)
+        if value is None and must_be_there:
             raise FileNotFoundError(f"{self._url} has lost {key}: `mmextract verify` lists all that is lost")
         return value
