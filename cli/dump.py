@@ -97,16 +97,16 @@ _MODEL_FIELDS = (
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=click.Path(),
     default="activations.zarr",
     show_default=True,
-    help="The store.",
+    help="The store: a folder, or s3://bucket/name.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and how large it would be.")
 @click.option("--json", is_flag=True, help="Print the result as JSON on stdout.")
 @data_options
 @marking_options
-def dump(data: Path | None, output: Path, dry_run: bool, **options: Any) -> int:
+def dump(data: Path | None, output: str, dry_run: bool, **options: Any) -> int:
     """Dump hidden states of every layer asked for, for DATA, into a Zarr store.
 
     DATA is a folder of images, a JSONL, CSV, Parquet, LLaVA or Qwen JSON file, or a Hugging Face data set on disk.
@@ -173,7 +173,7 @@ def _read_spec(
 @contextmanager
 def _computer(
     spec: DumpSpec, where: tuple[int | None, str | None, Path | None]
-) -> Iterator[tuple[DumpPlan, Callable[[Path, Callable[[int], None]], DumpSummary]]]:
+) -> Iterator[tuple[DumpPlan, Callable[[str, Callable[[int], None]], DumpSummary]]]:
     """Yield the plan, and what runs it: this process, processes of this machine, or a cluster that is there."""
     workers, scheduler, scheduler_file = where
     if where == (None, None, None):
@@ -205,7 +205,7 @@ def _plan_record(plan: DumpPlan) -> dict[str, Any]:
     }
 
 
-def _plan_text(plan: DumpPlan, output: Path) -> str:
+def _plan_text(plan: DumpPlan, output: str) -> str:
     record = _plan_record(plan)
     return (
         f"{output}: {record['n_samples']} samples × {len(record['layers'])} layers × {len(plan.layout.positions)} "
@@ -215,9 +215,9 @@ def _plan_text(plan: DumpPlan, output: Path) -> str:
     )
 
 
-def _summary_record(summary: DumpSummary, output: Path) -> dict[str, Any]:
+def _summary_record(summary: DumpSummary, output: str) -> dict[str, Any]:
     return {
-        "store": str(output),
+        "store": output,
         "n_samples": summary.n_samples,
         "n_resumed": summary.n_resumed,
         "n_nonfinite": summary.n_nonfinite,
@@ -229,7 +229,7 @@ def _summary_record(summary: DumpSummary, output: Path) -> dict[str, Any]:
     }
 
 
-def _summary_text(summary: DumpSummary, output: Path) -> str:
+def _summary_text(summary: DumpSummary, output: str) -> str:
     new = summary.n_samples - summary.n_resumed
     resumed = f" ({summary.n_resumed} were there already)" if summary.n_resumed else ""
     if not new:

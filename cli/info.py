@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("store", type=click.Path(path_type=Path), default="activations.zarr")
+@click.argument("store", type=click.Path(), default="activations.zarr")
 @click.option(
     "--json",
     "as_json",
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Print everything as JSON on stdout.",
 )
-def info(store: Path, as_json: bool) -> None:
+def info(store: str, as_json: bool) -> None:
     """Say what STORE holds, how it was made and how complete it is."""
     from mmextract.engine.store import open_store
 

@@ -24,7 +24,7 @@ _MOST_COLUMNS = 8
 
 
 @click.command()
-@click.argument("store", type=click.Path(path_type=Path), default="activations.zarr")
+@click.argument("store", type=click.Path(), default="activations.zarr")
 @click.option(
     "--label", default="identity_set", show_default=True, help="Column of the store with the classes."
 )
@@ -87,7 +87,7 @@ _MOST_COLUMNS = 8
 @click.option("--json", is_flag=True, help="Print the result as JSON on stdout.")
 @click.pass_context
 def probe(
-    context: click.RichContext, /, store: Path, layers: str, output: Path, workers: int, **options: Any
+    context: click.RichContext, /, store: str, layers: str, output: Path, workers: int, **options: Any
 ) -> None:
     """Probe each layer and position of STORE: how well do its hidden states tell the values of a label apart?
 
@@ -129,7 +129,7 @@ def _refuse_fixed(context: click.Context, preset: str) -> None:
         )
 
 
-def _read_layers(store: Path, text: str) -> tuple[int, ...] | None:
+def _read_layers(store: str, text: str) -> tuple[int, ...] | None:
     """Return the layers that were asked for, None for all there are."""
     from mmextract.engine.selection import parse_layers
     from mmextract.engine.store import open_store

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,7 +39,8 @@ class Objects(Protocol):
     def create(self, objects: Mapping[str, bytes], last: str) -> None:
         """Write all of `objects` where nothing is yet; `last` of them is seen last, and then the others are there.
 
-        Where another writer is first, his objects stand.
+        Where another writer is first, his objects stand. What an interrupted call left is taken up or done away with.
+        Raises ValueError if anything else is there.
         """
 
     def put_new(self, key: str, data: bytes) -> bool:
@@ -97,6 +99,12 @@ class LocalObjects:
     def create(self, objects: Mapping[str, bytes], last: str) -> None:
         """Make the folder beside its place, flush it, and move it there: it exists whole or not at all."""
         assert last in objects
+        if self.occupied():
+            if self.get(last) is not None:
+                return  # another writer was first
+            raise ValueError(
+                f"{self.url} exists and is not a store of mmextract (it has no {last}): give another path"
+            )
         temporary = self.root.with_name(f".{self.root.name}.{this_process()}.{uuid.uuid4().hex}.creating")
         with naming(self.root):
             make_folders(self.root.parent)
@@ -239,8 +247,26 @@ class LocalObjects:
 
 
 def locate(place: str | Path | Objects) -> Objects:
-    """Return the objects at a path."""
-    return LocalObjects(Path(place)) if isinstance(place, str | Path) else place
+    """Return the objects at a path, or at a URL `s3://bucket/name`, which must be a string.
+
+    Raises ValueError for any other URL, ImportError if what the extra `s3` installs is not there.
+    """
+    if not isinstance(place, str | Path):
+        return place
+    scheme, separator, _ = str(place).partition(":/")
+    if isinstance(place, Path) and separator and scheme == "s3":
+        raise ValueError(f"{place} was made a Path, which has no room for a URL: give it as a string")
+    if isinstance(place, Path) or not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place):
+        return LocalObjects(Path(place))
+    if scheme.lower() != "s3":
+        raise ValueError(f"a store is a path or s3://bucket/name; {scheme}:// is not supported")
+    try:
+        from mmextract.engine.s3 import S3Objects
+    except ModuleNotFoundError as error:
+        if error.name != "obstore":
+            raise
+        raise ImportError("s3:// needs obstore: `pip install 'mmextract[s3]'`") from error
+    return S3Objects(place.rstrip("/"))
 
 
 @contextmanager

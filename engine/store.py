@@ -32,6 +32,7 @@ import zarr
 from numpy.typing import NDArray
 
 from mmextract.engine import shards
+from mmextract.engine.columns import WholeColumns
 from mmextract.engine.integrity import examine, parse, sealed_digests
 from mmextract.engine.layout import BFLOAT16_NAN, FORMAT
 from mmextract.engine.objects import Objects, locate
@@ -247,7 +248,7 @@ def open_store(place: str | Path | Objects) -> Store:
     """Open a store for reading. Raises ValueError if there is none at `place`, saying how to make one."""
     objects = locate(place)
     read_attributes(objects)
-    return Store(objects, zarr.open_group(objects.to_zarr(), mode="r"))
+    return Store(objects, zarr.open_group(WholeColumns(objects.to_zarr(), objects.url), mode="r"))
 
 
 def read_attributes(objects: Objects) -> Mapping[str, Any]:

@@ -172,9 +172,10 @@ def open_writer(
     Raises OtherRunError, with what differs, if another run began it; ValueError if something else is at `place`.
     """
     objects = locate(place)
-    if not objects.occupied():
-        objects.create(first_objects(layout, columns, attributes), last=ROOT)
     identity = identify(objects)
+    if identity.root is None and not identity.copies and objects.get(ROOT) is None:
+        objects.create(first_objects(layout, columns, attributes), last=ROOT)
+        identity = identify(objects)
     _refuse_other(objects, identity, to_plain(attributes["run"]))
     for prefix in ("", "shard_digest/c"):  # what makes a store, and a shard, exist
         objects.settle(prefix)

@@ -51,8 +51,8 @@ Scores = Mapping[Cell, Sequence[TaskScores]]
 class ProbePlan:
     """A run, decided to the last split; see `plan_probe`."""
 
-    store: Path
-    """Where the hidden states are."""
+    store: str | Path
+    """Where the hidden states are: a path, or s3://bucket/name."""
     attributes: Mapping[str, Any]
     """Those of the store: how it was made."""
     n_stored: int
@@ -80,13 +80,13 @@ class ProbePlan:
         return [(layer, position) for layer in self.layers for position in self.positions]
 
 
-def plan_probe(path: Path, settings: ProbeSettings) -> ProbePlan:
-    """Decide what is probed in the store at `path`; reads its columns, not its hidden states.
+def plan_probe(place: str | Path, settings: ProbeSettings) -> ProbePlan:
+    """Decide what is probed in the store at `place`; reads its columns, not its hidden states.
 
     Raises ValueError or LookupError, saying what was expected and what to do, for a store, label, grouping,
     layer or position that cannot be probed.
     """
-    store = open_store(path)
+    store = open_store(place)
     _check_complete(store, settings)
     # numpy's variable-width texts know few operations; as objects they know all
     columns = {name: v.astype(object) if v.dtype.kind == "T" else v for name, v in store.columns.items()}
@@ -101,7 +101,7 @@ def plan_probe(path: Path, settings: ProbeSettings) -> ProbePlan:
         positive_last=not paper,
     )
     return ProbePlan(
-        store=path,
+        store=place,
         attributes=store.attributes,
         n_stored=store.n_samples,
         hidden_size=store.hidden_size,
