@@ -235,6 +235,8 @@ class LocalObjects:
 
     def count_bytes(self, prefix: str) -> int:
         """Return the size of every file under `prefix`."""
+        if not (self.root / prefix).exists():
+            return 0
         return sum(
             (Path(base) / name).stat().st_size
             for base, _, names in os.walk(self.root / prefix, onerror=_raise)

@@ -97,12 +97,14 @@ class S3Objects:
         """Write all of `objects`, each only where there is none yet, `last` after the others.
 
         S3 can move nothing, so a kill leaves some of them, but never `last`. What an interrupted call with the same
-        `objects` left is taken up: an object is kept if it has the very bytes that would be written. Raises ValueError,
-        before anything is written, if `last` or an object that is none of these is there, and as soon as one with
-        other bytes is met: what somebody else keeps under the prefix is never touched, nor what another run is
-        creating at this moment.
+        `objects` left is taken up: an object is kept if it has the very bytes that would be written. Where `last` is
+        there, another writer was first and nothing is done. Raises ValueError, before anything is written, if an
+        object that is none of these is there, and as soon as one with other bytes is met: what somebody else keeps
+        under the prefix is never touched, nor what another run is creating at this moment.
         """
         assert last in objects
+        if self.get(last) is not None:
+            return
         before = objects.keys() - {last}
         there = self._do("list", "", lambda: self._keys_until_other_than(before))
         strangers = there - before

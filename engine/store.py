@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.errors import GroupNotFoundError
 
 from mmextract.engine import shards
 from mmextract.engine.columns import WholeColumns
@@ -248,7 +249,11 @@ def open_store(place: str | Path | Objects) -> Store:
     """Open a store for reading. Raises ValueError if there is none at `place`, saying how to make one."""
     objects = locate(place)
     read_attributes(objects)
-    return Store(objects, zarr.open_group(WholeColumns(objects.to_zarr(), objects.url), mode="r"))
+    try:
+        group = zarr.open_group(WholeColumns(objects.to_zarr(), objects.url), mode="r", zarr_format=3)
+    except GroupNotFoundError as error:  # after it was there a moment ago
+        raise FileNotFoundError(f"{objects.url} has lost its zarr.json: {_REPAIR}") from error
+    return Store(objects, group)
 
 
 def read_attributes(objects: Objects) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -98,9 +99,14 @@ def test_export_goes_by_the_ending_of_the_file(run: Run, store: Path) -> None:
     assert unknown.code == 2 and "--format" in unknown.err
 
 
-def test_a_store_that_cannot_be_written_is_looked_at_all_the_same(run: Run, store: Path) -> None:
+def test_a_store_that_cannot_be_written_is_looked_at_all_the_same(
+    run: Run, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
     flip(store / "hidden_states/c/1/0/0/0")
-    (store / ".zarr.json.partial").mkdir()  # stands in the way of any write, for root too
+    monkeypatch.setattr(Path, "replace", refuse)  # a mode would not keep root from writing
     before = tree(store)
     ran = run("verify", store)
     assert ran.code == 1 and "shard 1: hidden_states" in ran.out
