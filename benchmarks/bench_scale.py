@@ -3,8 +3,8 @@
 The real store and resume code, with states that no model made, runs at growing numbers of shards, each size in a
 process of its own; a straight line through its figures says what one shard and one row cost. Shards are tiny and lie
 in --folder, by default in memory where there is any, so that the number of shards is what grows; what a disk's flush
-adds is measured beside it, in --disk. The rows of a plan and the tasks of dask.distributed are measured too. Costs
-at 10^6 and 10^8 samples are computed from these lines, and said to be.
+adds is measured beside it, in --disk. The rows of a plan, the tasks of dask.distributed and a whole dump on a dask
+worker, of a tiny model, are measured too. Costs at 10^6 and 10^8 samples are computed from these, and said to be.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+sys.path.insert(1, str(Path(__file__).parent.parent))  # the stub that the tests run
 
 from harness import save, show
 
@@ -58,6 +60,21 @@ def time_tasks(n_tasks: int) -> float:
             if task < n_tasks:
                 window.append(client.submit(abs, -1 - task, pure=False))
         return time.perf_counter() - started
+
+
+def compare_with_cluster(n_shards: int, base: Path) -> float:
+    """Return how many times as long as in this process a dump takes on one dask worker: a tiny model, shards of four."""
+    from mmextract.engine.distributed import plan_distributed, run_distributed
+    from tests.engine.cluster_runs import dump_here, local_cluster, make_spec, write_data
+    from tests.engine.tiny_models import save_text_model
+
+    with tempfile.TemporaryDirectory(dir=base) as name:
+        folder = Path(name)
+        spec = make_spec(write_data(folder, 4 * n_shards), save_text_model(folder / "model"))
+        here = dump_here(spec, folder / "here.zarr").seconds
+        with local_cluster(1) as client:
+            there = run_distributed(plan_distributed(spec, client), client, folder / "there.zarr").seconds
+    return there / here
 
 
 def measure_rows(n_rows: int) -> float:
@@ -105,9 +122,7 @@ def fit(
     }
     costs["write_on_disk_a_shard"] = on_disk["write_seconds"] / n_on_disk
     grown = [found[n]["after_bytes"] - found[n]["before_bytes"] for n in sizes]
-    costs["store_bytes_a_row"] = slope(
-        sizes, grown
-    )  # one row a shard: committed, columns and records together
+    costs["store_bytes_a_shard"] = slope(sizes, grown)  # that of its one row in it
     return costs
 
 
@@ -125,7 +140,7 @@ def extrapolate(n_samples: int, costs: Mapping[str, float]) -> dict[str, float]:
         "scheduler_seconds": n_shards * costs["task"],
         "resume_seconds": n_shards * costs["resume_a_shard"],
         "finalise_seconds": n_shards * costs["finalise_a_shard"],
-        "client_bytes": n_samples * (costs["plan_bytes_a_row"] + costs["store_bytes_a_row"]),
+        "client_bytes": n_samples * costs["plan_bytes_a_row"] + n_shards * costs["store_bytes_a_shard"],
     }
 
 
@@ -137,18 +152,26 @@ def main() -> None:
     in_memory = shared if shared.is_dir() else Path(tempfile.gettempdir())
     parser.add_argument("--folder", type=Path, default=in_memory, help="where the stores lie")
     parser.add_argument("--disk", type=Path, default=Path(tempfile.gettempdir()), help="where flushes count")
-    parser.add_argument("--tasks", type=int, default=2000, help="of dask.distributed")
+    parser.add_argument("--tasks", type=int, default=5000, help="empty ones, of dask.distributed")
+    parser.add_argument("--shards", type=int, default=500, help="shards of the run on a dask cluster")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     arguments = parser.parse_args()
     found = {n: run_store(n, arguments.folder) for n in sorted(arguments.samples)}
     smallest = min(found)
     costs = fit(found, run_store(smallest, arguments.disk), smallest)
     costs["task"] = time_tasks(arguments.tasks) / arguments.tasks
+    cluster = compare_with_cluster(arguments.shards, arguments.folder)
     costs["plan_bytes_a_row"] = measure_rows(min(max(found), 10**5))
     targets = {str(n): extrapolate(n, costs) for n in TARGETS}
     _print(found, costs, targets)
+    print(
+        f"A dump of {arguments.shards} small shards on one dask worker took {cluster:.2f} × as long as in one process."
+    )
     measured = {str(n): values for n, values in found.items()}
-    save(arguments.json, {"measured": measured, "fitted": costs, "computed": targets})
+    save(
+        arguments.json,
+        {"measured": measured, "cluster_over_here": cluster, "fitted": costs, "computed": targets},
+    )
 
 
 def _print(

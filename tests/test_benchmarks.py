@@ -51,7 +51,7 @@ def test_bench_store_compares_writes_and_reads_with_peers_and_limits(tmp_path: P
 
 @pytest.mark.timeout(300)
 def test_bench_scale_fits_and_computes_what_many_samples_cost(tmp_path: Path) -> None:
-    sizes = ["--samples", "20", "60", "--tasks", "20"]
+    sizes = ["--samples", "20", "60", "--tasks", "20", "--shards", "3"]
     command = [sys.executable, BENCHMARKS / "bench_scale.py", *sizes, "--json", tmp_path / "out.json"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
