@@ -63,7 +63,7 @@ def time_tasks(n_tasks: int) -> float:
 
 
 def compare_with_cluster(n_shards: int, base: Path) -> float:
-    """Return how many times as long as in this process a dump takes on one dask worker: a tiny model, shards of four."""
+    """Return how many times as long as in this process a dump of a tiny model takes on one dask worker."""
     from mmextract.engine.distributed import plan_distributed, run_distributed
     from tests.engine.cluster_runs import dump_here, local_cluster, make_spec, write_data
     from tests.engine.tiny_models import save_text_model
