@@ -23,6 +23,8 @@ from mmextract.kernels.resample import Filter, Mode, Table, table, vertical_firs
 TABLE_HEAD = 2
 """Numbers before the weights in a packed table's row: the first source pixel, and the sum of the weights."""
 
+ALIGNMENT = 16
+"""Bytes that one load can take at once, if they begin at a multiple of it."""
 ROW_TILE = (32, 16)
 """Rows and output columns that one program of the first pass along x makes."""
 COLUMN_TILE = (4, 1024)
@@ -77,8 +79,9 @@ class Launch:
 
     axis: int
     """Along which axis it resamples: 0 is y, 1 is x."""
-    taps: int
-    """What the variant is compiled for: the size of a step, or the number of taps."""
+    variant: int
+    """What it is compiled for. First pass: along x the source pixels of a step, along y whether rows are aligned.
+    Second pass: the number of taps."""
     tiles: torch.Tensor
     """int32 [n_programs, 3]: image, and the tile's place in it (two numbers, or one and 0)."""
 
@@ -250,14 +253,15 @@ def _launches(
             tiles = np.column_stack([np.full(grid.shape[1], image, np.int32), *grid])
             groups.setdefault(group_of(row), []).append(tiles)
     return tuple(
-        Launch(axis=axis, taps=taps, tiles=torch.from_numpy(np.concatenate(groups[axis, taps])))
-        for axis, taps in sorted(groups)
+        Launch(axis=axis, variant=variant, tiles=torch.from_numpy(np.concatenate(groups[axis, variant])))
+        for axis, variant in sorted(groups)
     )
 
 
 def _first_group(row: Row) -> tuple[int, int]:
     if row["axis"] == 0:
-        return 0, 1
+        starts = (row["source"] + 3 * row["line_start"], 3 * row["width"], 3 * row["n_lines"])
+        return 0, int(all(n % ALIGNMENT == 0 for n in starts))
     return 1, 32 if row["reach"] <= 32 else 64
 
 

@@ -142,7 +142,7 @@ def resize_second(
             fill,
             values,
             AXIS=launch.axis,
-            TAPS=launch.taps,
+            TAPS=launch.variant,
             PATCH=cut.patch if patches else 0,
             MERGE=cut.merge,
             FRAMES=cut.frames,
