@@ -50,6 +50,16 @@ class Mark:
     opacity: int = 255
     """What the mask is multiplied with, 255 meaning one."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.opacity <= 255 or not all(0 <= level <= 255 for level in self.color):
+            raise ValueError(
+                f"opacity and colours are numbers from 0 to 255, got {self.opacity} and {self.color}"
+            )
+        if self.height * self.width >= 2**31 or max(abs(self.x), abs(self.y)) >= 2**30:
+            raise ValueError(
+                f"a watermark must be smaller and nearer than the kernels can address, got {self}"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
@@ -67,10 +77,16 @@ class Picture:
 
     def __post_init__(self) -> None:
         height, width = self.window[2:]
+        if 3 * ROW_TILE[0] * self.width >= 2**31:
+            raise ValueError(f"an image of {self.width} pixels width is wider than the kernels can address")
         if min(self.height, self.width, *self.resized, height, width) < 1:
-            raise ValueError(f"images, their resized form and their output have at least one pixel, got {self}")
+            raise ValueError(
+                f"images, their resized form and their output have at least one pixel, got {self}"
+            )
         if 3 * height * width > LARGEST_OUTPUT:
-            raise ValueError(f"an output of {height}×{width} pixels is more than one image may have: {LARGEST_OUTPUT // 3}")
+            raise ValueError(
+                f"an output of {height}×{width} pixels is more than one image may have: {LARGEST_OUTPUT // 3}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +184,9 @@ class _Packer:
         second = 1 - first
         n_first, n_second = ends[first] - starts[first], ends[second] - starts[second]
         line_start, line_end = _reach(tables[second], starts[second], ends[second], source[second])
+        if first == 0:  # whole vectors of columns
+            line_start -= line_start % ALIGNMENT
+            line_end = min(_ceil(line_end, ALIGNMENT) * ALIGNMENT, picture.width)
         n_lines = line_end - line_start
         row = {
             "axis": first,

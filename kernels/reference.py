@@ -89,9 +89,7 @@ def normalize(image: Uint8Array, lut: NDArray[Value]) -> NDArray[Value]:
     return np.stack([lut[channel][image[..., channel]] for channel in range(3)])
 
 
-def place(
-    values: NDArray[Value], window: tuple[int, int, int, int], fill: NDArray[Value]
-) -> NDArray[Value]:
+def place(values: NDArray[Value], window: tuple[int, int, int, int], fill: NDArray[Value]) -> NDArray[Value]:
     """Cut (top, left, height, width) out of [3, H, W]; where the window reaches beyond there is `fill` ([3])."""
     top, left, height, width = window
     out = np.empty((3, height, width), values.dtype)
@@ -99,7 +97,9 @@ def place(
     bottom, right = min(top + height, values.shape[1]), min(left + width, values.shape[2])
     rows, columns = slice(max(top, 0), bottom), slice(max(left, 0), right)
     if rows.start < bottom and columns.start < right:
-        out[:, rows.start - top : bottom - top, columns.start - left : right - left] = values[:, rows, columns]
+        out[:, rows.start - top : bottom - top, columns.start - left : right - left] = values[
+            :, rows, columns
+        ]
     return out
 
 
@@ -115,5 +115,24 @@ def patchify(values: NDArray[Value], patch: int, merge: int, frames: int) -> NDA
             f"patches need sizes that are multiples of {merge * patch} pixels, got {values.shape[1:]}"
         )
     cut = values.reshape(3, rows, merge, patch, columns, merge, patch).transpose(1, 4, 2, 5, 0, 3, 6)
-    repeated = np.repeat(cut[:, :, :, :, :, None], frames, axis=5)  # [rows, columns, m, m, 3, frames, patch, patch]
+    repeated = np.repeat(
+        cut[:, :, :, :, :, None], frames, axis=5
+    )  # [rows, columns, m, m, 3, frames, patch, patch]
     return repeated.reshape(-1, 3 * frames * patch * patch)
+
+
+def pool(
+    states: NDArray[np.float32], tokens: NDArray[np.int32], bounds: NDArray[np.int32]
+) -> NDArray[np.float32]:
+    """Pool float32 [B, T, D] into [P, B, D]: the mean over tokens[bounds[p, b, 0] : bounds[p, b, 1]] of sample b.
+
+    Summed in float32, token after token. NaN where there is no token.
+    """
+    n_positions, n_samples = bounds.shape[:2]
+    out = np.full((n_positions, n_samples, states.shape[2]), np.nan, np.float32)
+    for position, sample in np.ndindex(n_positions, n_samples):
+        begin, end = bounds[position, sample]
+        if begin < end:
+            chosen = states[sample, tokens[begin:end]]  # [n, D]
+            out[position, sample] = np.cumsum(chosen, axis=0, dtype=np.float32)[-1] / np.float32(end - begin)
+    return out

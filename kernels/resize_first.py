@@ -211,7 +211,9 @@ def resize_first(
             )
         else:
             rows, n_bytes = COLUMN_TILE
-            _resize_first_columns_kernel[grid](*buffers, ROWS=rows, BYTES=n_bytes, ALIGNED=bool(launch.variant))
+            _resize_first_columns_kernel[grid](
+                *buffers, ROWS=rows, BYTES=n_bytes, ALIGNED=bool(launch.variant)
+            )
     return middle
 
 

@@ -19,6 +19,9 @@ except ModuleNotFoundError as error:
         raise
     triton = tl = knobs = None
 
+INTERPRETED = triton is not None and bool(knobs.runtime.interpret)
+"""Whether kernels run on the CPU, in Triton's interpreter; what they were made for counts, not what is set later."""
+
 __all__ = ["constant", "jit", "require_device", "tl"]
 
 
@@ -54,7 +57,7 @@ def require_device(*tensors: torch.Tensor) -> None:
     strided = [tuple(tensor.shape) for tensor in tensors if not tensor.is_contiguous()]
     if strided:
         raise ValueError(f"kernels need contiguous tensors, got strided ones of shapes {strided}")
-    if triton is not None and devices == {torch.device("cpu")} and not knobs.runtime.interpret:
+    if triton is not None and devices == {torch.device("cpu")} and not INTERPRETED:
         raise ValueError(
             "kernels run on a GPU, got tensors on the CPU: move them, set TRITON_INTERPRET=1 before Triton is "
             "imported to debug, or use mmextract.kernels.reference"

@@ -25,15 +25,15 @@ def interpreter() -> Iterator[Interpreter]:
     pytest.importorskip("triton")
     from tests.kernels import interpreted
 
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("TRITON_INTERPRET", "1")
-        spawn = multiprocessing.get_context("spawn")
-        # last on the path, so that our folder `kernels` hides no package of that name
-        with ProcessPoolExecutor(1, spawn, initializer=site.addsitedir, initargs=(str(ROOT),)) as pool:
-            pool.submit(int).result()  # starts it, while the environment is set
+    # last on the path, so that our folder `kernels` hides no package of that name
+    start: dict[str, Any] = {"initializer": site.addsitedir, "initargs": (str(ROOT),)}
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), **start) as pool:
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("TRITON_INTERPRET", "1")
+            pool.submit(int).result()  # starts the process
 
-            def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-                return pool.submit(function, *args, **kwargs).result(timeout=120)
+        def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            return pool.submit(function, *args, **kwargs).result(timeout=120)
 
-            assert call(interpreted.is_interpreting), "Triton was imported before it was told to interpret"
-            yield call
+        assert call(interpreted.is_interpreting), "Triton was imported before it was told to interpret"
+        yield call

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmextract.kernels.ragged import Mark, Picture, plan
+from mmextract.kernels.pool import Spans
+from mmextract.kernels.pool import pool as kernels_pool
+from mmextract.kernels.ragged import Picture, plan
 from mmextract.kernels.reference import Uint8Array
 from mmextract.kernels.resample import Filter, Mode
 from mmextract.kernels.resize_first import resize_first
 from mmextract.kernels.resize_second import Patches, resize_second
+from mmextract.kernels.triton_support import INTERPRETED
 
 
 def is_interpreting() -> bool:
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
+    return INTERPRETED
 
 
 def preprocess(
@@ -38,6 +39,45 @@ def preprocess(
     values = resize_second(middle, batch, lut, fill, patches=patches)
     poisoned = torch.full_like(values, float("nan"))
     return resize_second(middle, batch, lut, fill, patches=patches, out=poisoned)
+
+
+def pool(
+    states: torch.Tensor, spans: Spans, dtype: torch.dtype, n_extra: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pool into a poisoned view of a staging buffer [B, P + n_extra, D]; also return how often it was counted."""
+    n_positions, n_samples = spans.bounds.shape[:2]
+    buffer = torch.full((n_samples, n_positions + n_extra, states.shape[2]), -7.0, dtype=dtype)
+    counts = torch.full((n_samples, 2), 1000, dtype=torch.int32)
+    out = buffer[:, :n_positions].transpose(0, 1)
+    returned, counted = kernels_pool(states, spans, out=out, counts=counts)
+    assert returned.data_ptr() == buffer.data_ptr() and counted is counts
+    return buffer, counts - 1000
+
+
+def far_into_memory(image: Uint8Array, resized: tuple[int, int], offset: int) -> torch.Tensor:
+    """Resize an image that begins at byte `offset`; memory before it is reserved and never touched."""
+    packed = torch.empty(offset + image.size, dtype=torch.uint8)
+    packed[offset:] = torch.from_numpy(image.ravel())
+    height, width = image.shape[:2]
+    picture = Picture(offset=offset, height=height, width=width, resized=resized, window=(0, 0, *resized))
+    batch = plan([picture], "bicubic", "pillow13")
+    middle = resize_first(packed, torch.empty(0, dtype=torch.uint8), batch)
+    lut = torch.arange(256, dtype=torch.float32).repeat(3, 1)
+    return resize_second(middle, batch, lut, lut[:, 0].contiguous())
+
+
+def error_of(function: str, *args: object, **kwargs: object) -> str:
+    """Return the message of the ValueError that a kernel's wrapper raises."""
+    wrappers: dict[str, Callable[..., object]] = {
+        "resize_first": resize_first,
+        "resize_second": resize_second,
+        "pool": kernels_pool,
+    }
+    try:
+        wrappers[function](*args, **kwargs)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _packed(arrays: Sequence[Uint8Array]) -> torch.Tensor:
