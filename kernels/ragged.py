@@ -178,8 +178,10 @@ class _Packer:
             table(filter, mode, n_in, n_out) for n_in, n_out in zip(source, picture.resized, strict=True)
         ]
         starts = (max(top, 0), max(left, 0))
-        ends = (min(top + out_height, picture.resized[0]), min(left + out_width, picture.resized[1]))
-        ends = tuple(map(max, starts, ends))
+        ends = (
+            max(min(top + out_height, picture.resized[0]), starts[0]),
+            max(min(left + out_width, picture.resized[1]), starts[1]),
+        )
         first = 0 if vertical_first(mode, source, picture.resized) else 1
         second = 1 - first
         n_first, n_second = ends[first] - starts[first], ends[second] - starts[second]

@@ -98,8 +98,8 @@ def _copying(sources: NDArray[np.int64]) -> Table:
 def _nearest(mode: Mode, n_in: int, n_out: int) -> NDArray[np.int64]:
     if mode == "torchvision":
         scale = np.float32(n_in) / np.float32(n_out)
-        sources = np.floor(np.arange(n_out, dtype=np.float32) * scale).astype(np.int64)
-        return np.minimum(sources, n_in - 1)
+        exact = np.floor(np.arange(n_out, dtype=np.float32) * scale)
+        return np.minimum(exact, n_in - 1).astype(np.int64)
     steps = np.full(n_out, n_in / n_out)  # Pillow adds step after step, and so inherits its rounding
     steps[0] *= 0.5
     return np.cumsum(steps).astype(np.int64)
