@@ -98,8 +98,8 @@ def _copying(sources: NDArray[np.int64]) -> Table:
 def _nearest(mode: Mode, n_in: int, n_out: int) -> NDArray[np.int64]:
     if mode == "torchvision":
         scale = np.float32(n_in) / np.float32(n_out)
-        exact = np.floor(np.arange(n_out, dtype=np.float32) * scale)
-        return np.minimum(exact, n_in - 1).astype(np.int64)
+        exact: NDArray[np.float32] = np.floor(np.arange(n_out, dtype=np.float32) * scale)
+        return np.minimum(exact.astype(np.int64), n_in - 1)
     steps = np.full(n_out, n_in / n_out)  # Pillow adds step after step, and so inherits its rounding
     steps[0] *= 0.5
     return np.cumsum(steps).astype(np.int64)

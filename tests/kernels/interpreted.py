@@ -12,7 +12,7 @@ from mmextract.kernels.pool import Spans
 from mmextract.kernels.pool import pool as kernels_pool
 from mmextract.kernels.ragged import Picture, plan
 from mmextract.kernels.reference import Uint8Array
-from mmextract.kernels.resample import Filter, Mode
+from mmextract.kernels.resample import Filter, Mode, table
 from mmextract.kernels.resize_first import resize_first
 from mmextract.kernels.resize_second import Patches, resize_second
 from mmextract.kernels.triton_support import INTERPRETED
@@ -61,6 +61,22 @@ def far_into_memory(image: Uint8Array, resized: tuple[int, int], offset: int) ->
     height, width = image.shape[:2]
     picture = Picture(offset=offset, height=height, width=width, resized=resized, window=(0, 0, *resized))
     batch = plan([picture], "bicubic", "pillow13")
+    middle = resize_first(packed, torch.empty(0, dtype=torch.uint8), batch)
+    lut = torch.arange(256, dtype=torch.float32).repeat(3, 1)
+    return resize_second(middle, batch, lut, lut[:, 0].contiguous())
+
+
+def lowest_quarter(height: int, row: Uint8Array, mode: Mode) -> torch.Tensor:
+    """Resize an image `height` rows high to 4 by nearest and return the last of them.
+
+    Only the source row that it comes from is touched, and is `row` ([W, 3]).
+    """
+    packed = torch.empty(height * row.size, dtype=torch.uint8)
+    begin = int(table("nearest", mode, height, 4).starts[3]) * row.size
+    packed[begin : begin + row.size] = torch.from_numpy(row.ravel())
+    width = len(row)
+    picture = Picture(offset=0, height=height, width=width, resized=(4, width), window=(3, 0, 1, width))
+    batch = plan([picture], "nearest", mode)
     middle = resize_first(packed, torch.empty(0, dtype=torch.uint8), batch)
     lut = torch.arange(256, dtype=torch.float32).repeat(3, 1)
     return resize_second(middle, batch, lut, lut[:, 0].contiguous())

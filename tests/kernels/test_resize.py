@@ -168,6 +168,15 @@ def test_an_image_beyond_the_reach_of_32_bits_is_read_where_it_is(interpreter: I
         assert np.array_equal(got[0].transpose(1, 2, 0), resize(image, resized, "bicubic", "pillow13"))
 
 
+@pytest.mark.parametrize("mode", ["pillow12", "pillow13"], ids=["rows first", "columns first"])
+def test_an_image_of_more_bytes_than_32_bits_count_is_read_at_its_end(
+    interpreter: Interpreter, mode: Mode
+) -> None:
+    row = np.arange(9, dtype=np.uint8).reshape(3, 3) + 100
+    got = interpreter(interpreted.lowest_quarter, 2**29, row, mode).numpy()
+    assert np.array_equal(got[0, :, 0].T, row)
+
+
 def test_what_does_not_fit_is_refused_with_what_was_expected(interpreter: Interpreter) -> None:
     batch = plan(Case().add((6, 6), (4, 4)).add((6, 6), (5, 4)).pictures, "bicubic", "pillow13")
     none, packed = torch.empty(0, dtype=torch.uint8), torch.zeros(216, dtype=torch.uint8)
