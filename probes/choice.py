@@ -1,0 +1,75 @@
+"""Solvers by name, and which of them suits a shape and a device.
+
+This module knows nothing about folds or scores. torch is loaded with the first solver that computes with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from mmextract.probes.solvers import FloatArray, Job, SklearnSolver, Solution, Solver
+
+SOLVER_NAMES = ("auto", "dual", "primal", "sklearn", "cuml")
+
+DUAL_BELOW = {"cpu": 1.0, "cuda": 1.0}
+"""Training samples per feature below which `dual` is the faster one, by device."""
+
+
+@dataclass(frozen=True)
+class AutoSolver:
+    """Takes `dual` or `primal` for each job by the shape of its training set: see DUAL_BELOW."""
+
+    device: str
+
+    def solve(self, x: FloatArray, jobs: Sequence[Job]) -> Iterator[list[Solution]]:
+        """Yield, for each job in turn, a solution for each of its penalties. x: [n, D]."""
+        names = [choose(len(job.rows), x.shape[1], self.device) for job in jobs]
+        solving = {
+            name: _make(name, self.device).solve(
+                x, [job for job, chosen in zip(jobs, names, strict=True) if chosen == name]
+            )
+            for name in set(names)
+        }
+        for name in names:
+            yield next(solving[name])
+
+
+def choose(n_samples: int, n_features: int, device: str) -> str:
+    """Return the name of the fastest solver for training sets of that shape."""
+    return "dual" if n_samples < DUAL_BELOW[device] * n_features else "primal"
+
+
+def find_device() -> str:
+    """Return `cuda` if there is a GPU that torch can use, else `cpu`."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make_solver(name: str) -> Solver:
+    """Return the solver of that name, one of SOLVER_NAMES.
+
+    Raises LookupError for another name, ValueError for `cuml` where there is no GPU or no cuML.
+    """
+    if name not in SOLVER_NAMES:
+        raise LookupError(f"there is no solver {name!r}: choose one of {', '.join(SOLVER_NAMES)}")
+    return _make(name, "cpu" if name == "sklearn" else find_device())
+
+
+def _make(name: str, device: str) -> Solver:
+    if name == "sklearn":
+        return SklearnSolver()
+    if name == "cuml":
+        from mmextract.probes.cuml_solver import CumlSolver
+
+        return CumlSolver(device)
+    if name == "dual":
+        from mmextract.probes.dual import DualSolver
+
+        return DualSolver(device)
+    if name == "primal":
+        from mmextract.probes.primal import PrimalSolver
+
+        return PrimalSolver(device)
+    return AutoSolver(device)
