@@ -12,20 +12,22 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
 from harness import alternate, save, show
 from mmextract.probes.choice import choose
 from mmextract.probes.dual import DualSolver
 from mmextract.probes.primal import PrimalSolver
 from mmextract.probes.solvers import FloatArray, IntArray, Job, SklearnSolver, Solution, Solver, kkt_residual
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 FOLDS = 5
@@ -164,14 +166,11 @@ def cross(d: int, shares: Sequence[float]) -> dict[str, dict[str, float]]:
     for share in shares:
         x, y = make_states(round(share * d * FOLDS / (FOLDS - 1)), d)
         jobs = make_jobs(y, FOLDS)
-        timings = alternate(
-            {
-                solver.__class__.__name__: lambda solver=solver: solve(solver, x, jobs)
-                for solver in (DualSolver(), PrimalSolver(), SklearnSolver())
-            },
-            repeats=1,
-            clock=time.process_time,
-        )
+        work = {
+            type(solver).__name__: partial(solve, solver, x, jobs)
+            for solver in (DualSolver(), PrimalSolver(), SklearnSolver())
+        }
+        timings = alternate(work, repeats=1, clock=time.process_time)
         fits = len(jobs) * len(PENALTIES)
         found[f"{share:g}"] = {name: timing.median / fits * 1e3 for name, timing in timings.items()}
     return found
@@ -184,7 +183,9 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=3584)
     parser.add_argument("--sets", type=int, default=FOLDS, choices=range(1, FOLDS + 1), help="folds compared")
     parser.add_argument("--layer-features", type=int, default=4096, help="of the layer that is extrapolated")
-    parser.add_argument("--cross", type=int, nargs="*", default=[64, 512], help="features at which solvers cross")
+    parser.add_argument(
+        "--cross", type=int, nargs="*", default=[64, 512], help="features at which solvers cross"
+    )
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the figures there too")
     arguments = parser.parse_args()
@@ -220,9 +221,7 @@ def main() -> None:
             ("", *names),
             [(share, *(row[name] for name in names)) for share, row in shares.items()],
         )
-    save(
-        arguments.json, {"speed": speed, "agreement": agreement, "layer": layer, "crossings": crossings}
-    )
+    save(arguments.json, {"speed": speed, "agreement": agreement, "layer": layer, "crossings": crossings})
 
 
 if __name__ == "__main__":

@@ -74,9 +74,7 @@ def solve_in_batches(
         yield found.pop(number)
 
 
-def make_batches(
-    jobs: Sequence[Job], size: Callable[[RowSet], int], most: int
-) -> Iterator[list[RowSet]]:
+def make_batches(jobs: Sequence[Job], size: Callable[[RowSet], int], most: int) -> Iterator[list[RowSet]]:
     """Yield lists of training sets, each with as many jobs, classes and penalties as the others of its list."""
     members: dict[tuple[bytes, bool, int, int], list[int]] = {}
     for number, job in enumerate(jobs):

@@ -6,6 +6,7 @@ This module knows nothing about folds or scores. torch is loaded with the first 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mmextract.probes.solvers import FloatArray, Job, SklearnSolver, Solution, Solver
@@ -47,14 +48,32 @@ def find_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def check_name(name: str) -> None:
+    """Raise LookupError unless it is one of SOLVER_NAMES."""
+    if name not in SOLVER_NAMES:
+        raise LookupError(f"there is no solver {name!r}: choose one of {', '.join(SOLVER_NAMES)}")
+
+
 def make_solver(name: str) -> Solver:
-    """Return the solver of that name, one of SOLVER_NAMES.
+    """Return the solver of that name, one of SOLVER_NAMES, for the process that calls.
 
     Raises LookupError for another name, ValueError for `cuml` where there is no GPU or no cuML.
     """
-    if name not in SOLVER_NAMES:
-        raise LookupError(f"there is no solver {name!r}: choose one of {', '.join(SOLVER_NAMES)}")
+    check_name(name)
     return _make(name, "cpu" if name == "sklearn" else find_device())
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep torch to one thread, as `threadpool_limits` does for NumPy: the cores are filled by other tasks."""
+    import torch
+
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def _make(name: str, device: str) -> Solver:

@@ -232,9 +232,7 @@ class _Newton:
         right = -gradient[at, :, label].T.reshape(-1, 1)
         return torch.cholesky_solve(right, factor).reshape(self.n_outputs, -1).T
 
-    def _search(
-        self, v: Tensor, logits: Tensor, gradient: Tensor, step: Tensor, image: Tensor
-    ) -> Tensor:
+    def _search(self, v: Tensor, logits: Tensor, gradient: Tensor, step: Tensor, image: Tensor) -> Tensor:
         """Return the length of each step, [F, L]: 1, halved until the objective falls; 0 if it does not."""
         before = self._objective(v, logits)
         slope = (gradient * step).sum((1, 3))

@@ -48,3 +48,20 @@ def test_bench_store_compares_writes_and_reads_with_peers_and_limits(tmp_path: P
     assert results["write"]["ratios"]["ours none ÷ raw write"] > 0
     assert results["read"]["ratios"]["ours ÷ zarr-python, none"] > 0
     assert results["many shards"]["n_shards"] == 40
+
+
+@pytest.mark.timeout(300)
+def test_bench_probe_compares_solvers_at_equal_residuals(tmp_path: Path) -> None:
+    sizes = ["--samples", "60", "--features", "80", "--sets", "1", "--layer-features", "70", "--cross", "8"]
+    command = [sys.executable, str(BENCHMARKS / "bench_probe.py"), *sizes]
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "out.json")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert results["speed"]["method"] == "dual cpu" and results["speed"]["largest residual"]["ours"] <= 1e-8
+    assert results["speed"]["ours over"]["lbfgs, tol 1e-8"] > 0
+    assert results["speed"]["predictions that differ"]["ours"] == 0
+    assert max(results["agreement"].values()) <= 1e-6
+    assert results["layer"]["fits a layer"] == 125
+    assert set(results["crossings"]["8"]) == {"0.5", "1", "2", "4"}
