@@ -46,13 +46,13 @@ class Features(Basis, Protocol):
     """m."""
 
     def forward(self, w: Tensor) -> Tensor:
-        """Return centred and scaled features times w [F, D, q]: [F, m, q]."""
+        """Return centred and scaled features times w [F, q, D]: [F, q, m]."""
 
     def backward(self, errors: Tensor) -> Tensor:
-        """Return their transposed product with errors [F, m, q]: [F, D, q]."""
+        """Return their transposed product with errors [F, q, m]: [F, q, D]."""
 
     def weights(self, optimum: Optimum) -> Tensor:
-        """Return the optimum's parameters as weights of centred and scaled features: [F, D, L·c]."""
+        """Return the optimum's parameters as weights of centred and scaled features: [F, L·c, D]."""
 
 
 def solve_in_batches(
@@ -111,15 +111,15 @@ def _solve_batch(
         labels = Labels(targets=targets, weights=weights, penalty=targets.new_tensor(penalty))
         optimum = minimise(features, labels, v)
         v = optimum.v
-        w = features.weights(optimum).unflatten(2, targets.shape[2:])  # [F, D, L, c]
-        intercept = v[:, -1]  # [F, L, c]
+        w = features.weights(optimum).unflatten(1, targets.shape[1:3])  # [F, L, c, D]
+        intercept = v[..., -1]  # [F, L, c]
         if intercept.shape[2] > 1:
             intercept = intercept - intercept.mean(2, keepdim=True)
         residual = _measure(features, labels, w, intercept)
-        coefficients = w / features.scale[:, :, None, None]
-        intercept = intercept - (features.center[:, :, None, None] * coefficients).sum(1)
+        coefficients = w / features.scale[:, None, None]
+        intercept = intercept - (features.center[:, None, None] * coefficients).sum(3)
         for at, row_set in enumerate(batch):
-            columns = coefficients[at].movedim(1, 0).cpu().numpy()  # [L, D, c]
+            columns = coefficients[at].mT.cpu().numpy()  # [L, D, c]
             for label, number in enumerate(row_set.jobs):
                 found[number].append(
                     Solution(
@@ -152,24 +152,24 @@ def find_moments(states: Tensor, rows: Tensor, scale: bool) -> tuple[Tensor, Ten
 
 
 def _label(jobs: Sequence[Job], batch: Sequence[RowSet], features: Features) -> tuple[Tensor, Tensor]:
-    """Return targets [F, m, L, c] and weights [F, m, L]."""
+    """Return targets [F, L, c, m] and weights [F, L, m]."""
     n_labels, n_classes = len(batch[0].jobs), _count_classes(jobs[batch[0].jobs[0]])
-    y = np.zeros((len(batch), features.n_places, n_labels), np.int64)
+    y = np.zeros((len(batch), n_labels, features.n_places), np.int64)
     weights = np.zeros(y.shape)
     for at, row_set in enumerate(batch):
         for label, number in enumerate(row_set.jobs):
-            y[at, features.places[at], label] = jobs[number].y
-            weights[at, features.places[at], label] = jobs[number].sample_weights
+            y[at, label, features.places[at]] = jobs[number].y
+            weights[at, label, features.places[at]] = jobs[number].sample_weights
     device = features.gram.device
     classes = torch.arange(1, 2) if n_classes == 2 else torch.arange(n_classes)
-    targets = torch.from_numpy(y)[..., None] == classes
+    targets = torch.from_numpy(y)[:, :, None] == classes[:, None]
     return targets.to(device, torch.float64), torch.from_numpy(weights).to(device)
 
 
 def _measure(features: Features, labels: Labels, w: Tensor, intercept: Tensor) -> Tensor:
     """Return the KKT residual, [F, L], in the features themselves (see `solvers.kkt_residual`)."""
-    logits = features.forward(w.flatten(2)).unflatten(2, w.shape[2:]) + intercept[:, None]
+    logits = features.forward(w.flatten(1, 2)).unflatten(1, w.shape[1:3]) + intercept[..., None]
     errors = labels.strength * (labels.probabilities(logits) - labels.targets)
-    slope = w + features.backward(errors.flatten(2)).unflatten(2, w.shape[2:])
-    largest = torch.maximum(slope.abs().amax((1, 3)), errors.sum(1).abs().amax(2))
+    slope = w + features.backward(errors.flatten(1, 2)).unflatten(1, w.shape[1:3])
+    largest = torch.maximum(slope.abs().amax((2, 3)), errors.sum(3).abs().amax(2))
     return largest / (labels.penalty * features.n_rows[:, None])

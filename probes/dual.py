@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mmextract.probes.batches import RowSet, find_moments, solve_in_batches
 from mmextract.probes.newton import Optimum
-from mmextract.probes.solvers import FloatArray, Job, Solution
+from mmextract.probes.solvers import FloatArray, IntArray, Job, Solution
 
 MOST_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
 """Elements of the coordinates of the training sets that are solved side by side: what a cache holds, or a GPU."""
@@ -56,7 +56,7 @@ class _Coordinates:
 
     def __init__(self, states: Tensor, batch: Sequence[RowSet], gram: Tensor | None) -> None:
         rows = [torch.from_numpy(row_set.rows).to(states.device) for row_set in batch]
-        self.places = [np.arange(len(row_set.rows)) for row_set in batch]
+        self.places: Sequence[IntArray] = [np.arange(len(row_set.rows)) for row_set in batch]
         self.n_places = max(map(len, rows))
         self.n_rows = states.new_tensor([len(r) for r in rows])
         shape = (len(batch), self.n_places, self.n_places + 1)
@@ -75,29 +75,30 @@ class _Coordinates:
         self.gram[:, -1] = self.n_rows
 
     def apply(self, v: Tensor) -> Tensor:
-        return self.features @ v
+        return v.matmul(self.features.mT)
 
     def adjoint(self, errors: Tensor) -> Tensor:
-        return self.features.mT @ errors
+        return errors.matmul(self.features)
 
     def dense(self, at: int) -> Tensor:
         return self.features[at]
 
     def forward(self, w: Tensor) -> Tensor:
-        out = w.new_zeros(len(w), self.n_places, w.shape[2])
+        out = w.new_zeros(*w.shape[:2], self.n_places)
         for at, samples in enumerate(self.samples):
-            out[at, : len(samples)] = samples @ w[at]
+            out[at, :, : len(samples)] = w[at] @ samples.T
         return out
 
     def backward(self, errors: Tensor) -> Tensor:
-        return torch.stack([z.T @ errors[at, : len(z)] for at, z in enumerate(self.samples)])
+        return torch.stack([errors[at, :, : len(z)] @ z for at, z in enumerate(self.samples)])
 
     def weights(self, optimum: Optimum) -> Tensor:
         """Return Zᵀa for a = C·(y − p) + QΛ^−½·gradient, which holds however small an eigenvalue is."""
-        correction = optimum.gradient.flatten(2) / self.gram[:, :, None]
-        correction[self.gram == 0] = 0
-        correction[:, -1] = 0
-        return self.backward(self.features @ correction - optimum.errors.flatten(2))
+        correction = torch.where(
+            self.gram[:, None] > 0, optimum.gradient.flatten(1, 2) / self.gram[:, None], 0.0
+        )
+        correction[..., -1] = 0
+        return self.backward(self.apply(correction) - optimum.errors.flatten(1, 2))
 
 
 def _multiply(x: Tensor) -> Tensor:

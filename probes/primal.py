@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mmextract.probes.batches import RowSet, find_moments, solve_in_batches
 from mmextract.probes.newton import Optimum
-from mmextract.probes.solvers import FloatArray, Job, Solution
+from mmextract.probes.solvers import FloatArray, IntArray, Job, Solution
 
 MOST_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 29}
 """Elements of the logits and second moments of the training sets that are solved side by side."""
@@ -61,7 +61,7 @@ class _Coordinates:
     def __init__(self, states: Tensor, batch: Sequence[RowSet]) -> None:
         self.states = states
         self.n_places = len(states)
-        self.places = [row_set.rows for row_set in batch]
+        self.places: Sequence[IntArray] = [row_set.rows for row_set in batch]
         self.n_rows = states.new_tensor([len(rows) for rows in self.places])
         moments = [
             find_moments(states, torch.from_numpy(row_set.rows).to(states.device), row_set.scale)
@@ -78,28 +78,26 @@ class _Coordinates:
         self.gram = torch.cat([squares.clamp(min=0), self.n_rows[:, None]], 1)
 
     def apply(self, v: Tensor) -> Tensor:
-        return self.forward(self.vectors @ v[:, :-1]) + v[:, -1:]
+        return self.forward(v[..., :-1].matmul(self.vectors.mT)) + v[..., -1:]
 
     def adjoint(self, errors: Tensor) -> Tensor:
-        return torch.cat([self.vectors.mT @ self.backward(errors), errors.sum(1, keepdim=True)], 1)
+        return torch.cat([self.backward(errors).matmul(self.vectors), errors.sum(2, keepdim=True)], 2)
 
     def dense(self, at: int) -> Tensor:
         rotated = (self.states - self.center[at]) @ (self.vectors[at] / self.scale[at, :, None])
         return torch.cat([rotated, torch.ones_like(rotated[:, :1])], 1)
 
     def forward(self, w: Tensor) -> Tensor:
-        coefficients = w / self.scale[:, :, None]
-        wide = coefficients.movedim(1, 0).flatten(1)  # [D, F·q]
-        logits = (self.states @ wide).unflatten(1, (len(w), -1)).movedim(1, 0)
-        return logits - (self.center[:, :, None] * coefficients).sum(1, keepdim=True)
+        coefficients = w / self.scale[:, None]
+        logits = coefficients.flatten(0, 1).matmul(self.states.T).unflatten(0, w.shape[:2])
+        return logits - (self.center[:, None] * coefficients).sum(2, keepdim=True)
 
     def backward(self, errors: Tensor) -> Tensor:
-        wide = errors.movedim(1, 0).flatten(1)  # [n, F·q]
-        product = (self.states.T @ wide).unflatten(1, (len(errors), -1)).movedim(1, 0)
-        return (product - self.center[:, :, None] * errors.sum(1, keepdim=True)) / self.scale[:, :, None]
+        product = errors.flatten(0, 1).matmul(self.states).unflatten(0, errors.shape[:2])
+        return (product - self.center[:, None] * errors.sum(2, keepdim=True)) / self.scale[:, None]
 
     def weights(self, optimum: Optimum) -> Tensor:
-        return self.vectors @ optimum.v[:, :-1].flatten(2)
+        return optimum.v[..., :-1].flatten(1, 2).matmul(self.vectors.mT)
 
 
 def _sum_squares(x: Tensor, members: Tensor) -> Tensor:
