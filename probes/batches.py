@@ -20,6 +20,9 @@ from mmextract.probes.solvers import IntArray, Job, Solution
 CHUNK = 1 << 14
 """Samples that are copied at once."""
 
+LIVE_LOGITS = 12
+"""Arrays of the logits' shape that a Newton step keeps."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RowSet:
@@ -31,6 +34,8 @@ class RowSet:
     """See `Job.scale`."""
     jobs: tuple[int, ...]
     """Their numbers; all with as many classes and as many penalties."""
+    n_columns: int
+    """Logits of a sample: one a job, or one a job and class if there are more than two."""
 
 
 class Features(Basis, Protocol):
@@ -82,7 +87,11 @@ def make_batches(jobs: Sequence[Job], size: Callable[[RowSet], int], most: int) 
         members.setdefault(key, []).append(number)
     alike: dict[tuple[bool, int, int, int], list[RowSet]] = {}
     for (_, *shape), numbers in members.items():
-        row_set = RowSet(rows=jobs[numbers[0]].rows, scale=jobs[numbers[0]].scale, jobs=tuple(numbers))
+        first, n_classes = jobs[numbers[0]], int(shape[1])
+        n_outputs = 1 if n_classes == 2 else n_classes
+        row_set = RowSet(
+            rows=first.rows, scale=first.scale, jobs=tuple(numbers), n_columns=n_outputs * len(numbers)
+        )
         alike.setdefault((*shape, len(numbers)), []).append(row_set)  # type: ignore[arg-type]
     for row_sets in alike.values():
         row_sets.sort(key=size)  # so that little is padding

@@ -23,12 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmextract.probes.batches import RowSet, find_moments, solve_in_batches
+from mmextract.probes.batches import LIVE_LOGITS, RowSet, find_moments, solve_in_batches
 from mmextract.probes.newton import Optimum
 from mmextract.probes.solvers import FloatArray, IntArray, Job, Solution
 
-MOST_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
-"""Elements of the coordinates of the training sets that are solved side by side: what a cache holds, or a GPU."""
+MOST_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 29}
+"""Elements of states, coordinates and logits of the training sets that are solved side by side: what a cache
+holds, or a GPU."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ class DualSolver:
         return solve_in_batches(
             jobs,
             lambda batch: _Coordinates(states, batch, gram),
-            lambda row_set: len(row_set.rows) ** 2,
+            lambda row_set: (
+                len(row_set.rows) * (len(row_set.rows) + x.shape[1] + LIVE_LOGITS * row_set.n_columns)
+            ),
             MOST_ELEMENTS[states.device.type],
             f"dual {states.device.type}",
         )

@@ -18,15 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmextract.probes.batches import RowSet, find_moments, solve_in_batches
+from mmextract.probes.batches import LIVE_LOGITS, RowSet, find_moments, solve_in_batches
 from mmextract.probes.newton import Optimum
 from mmextract.probes.solvers import FloatArray, IntArray, Job, Solution
 
 MOST_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 29}
 """Elements of the logits and second moments of the training sets that are solved side by side."""
-
-LIVE_LOGITS = 12
-"""Arrays of the logits' shape that a Newton step keeps."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +38,10 @@ class PrimalSolver:
         states = torch.from_numpy(np.ascontiguousarray(x)).to(self.device)
         n, d = states.shape
 
-        def size(row_set: RowSet) -> int:
-            n_classes = int(jobs[row_set.jobs[0]].y.max()) + 1
-            n_outputs = 1 if n_classes == 2 else n_classes
-            return int(2 * d * d + LIVE_LOGITS * n * len(row_set.jobs) * n_outputs)
-
         return solve_in_batches(
             jobs,
             lambda batch: _Coordinates(states, batch),
-            size,
+            lambda row_set: 2 * d * d + LIVE_LOGITS * n * row_set.n_columns,
             MOST_ELEMENTS[states.device.type],
             f"primal {states.device.type}",
         )
@@ -90,11 +82,13 @@ class _Coordinates:
     def forward(self, w: Tensor) -> Tensor:
         coefficients = w / self.scale[:, None]
         logits = coefficients.flatten(0, 1).matmul(self.states.T).unflatten(0, w.shape[:2])
-        return logits - (self.center[:, None] * coefficients).sum(2, keepdim=True)
+        shift = (self.center[:, None] * coefficients).sum(2, keepdim=True)
+        return torch.sub(logits, shift)
 
     def backward(self, errors: Tensor) -> Tensor:
         product = errors.flatten(0, 1).matmul(self.states).unflatten(0, errors.shape[:2])
-        return (product - self.center[:, None] * errors.sum(2, keepdim=True)) / self.scale[:, None]
+        centered: Tensor = product - self.center[:, None] * errors.sum(2, keepdim=True)
+        return centered / self.scale[:, None]
 
     def weights(self, optimum: Optimum) -> Tensor:
         return optimum.v[..., :-1].flatten(1, 2).matmul(self.vectors.mT)
