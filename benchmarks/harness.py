@@ -42,18 +42,24 @@ class Timing:
         return statistics.median(self.seconds)
 
 
-def alternate(work: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, Timing]:
-    """Time each piece of work `repeats` times, in turn, after one unmeasured round.
+def alternate(
+    work: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    warm_up: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
+    """Time each piece of work `repeats` times, in turn, after one unmeasured round if it is to warm up.
 
     In turn, so that a machine that slows down slows all of them.
     """
     seconds: dict[str, list[float]] = {name: [] for name in work}
-    for number in range(repeats + 1):
+    for number in range(-1 if warm_up else 0, repeats):
         for name, run in work.items():
-            started = time.perf_counter()
+            started = clock()
             run()
-            if number:
-                seconds[name].append(time.perf_counter() - started)
+            if number >= 0:
+                seconds[name].append(clock() - started)
     return {name: Timing(seconds=tuple(values)) for name, values in seconds.items()}
 
 

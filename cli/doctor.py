@@ -63,5 +63,5 @@ def _backends() -> dict[str, str]:
         "dump runs on": f"{'cuda' if gpu else 'cpu'} ({why})",
         "images": "Pillow decodes, the model's own processor does the rest",
         "watermarks": "composited on the CPU, exactly as Pillow does",
-        "probes": "scikit-learn (the only solver so far)",
+        "probes": f"dual and primal solvers on {'cuda' if gpu else 'cpu'}; scikit-learn as a reference",
     }

@@ -60,10 +60,10 @@ _MOST_COLUMNS = 8
 )
 @click.option(
     "--solver",
-    type=click.Choice(("auto", "newton-cholesky", "lbfgs")),
+    type=click.Choice(("auto", "dual", "primal", "sklearn", "cuml")),
     default="auto",
     show_default=True,
-    help="Of scikit-learn; auto chooses by shape.",
+    help="auto: dual or primal, both exact, by shape; sklearn and cuml: those packages' own.",
 )
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Decides folds and shuffles."

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmextract.probes.groups import IntArray
 from mmextract.probes.intervals import resample_groups
@@ -72,7 +74,7 @@ def evaluate(
 
     The baseline gives every test sample the class frequencies of its training set.
     """
-    fitted = [_fit(x, task, solver, settings) for task in tasks]
+    fitted = _fit(x, tasks, solver, settings)
     majority = _predict_majority(tasks[0])
     scored = [
         _score(decisions, task, groups, settings)
@@ -101,44 +103,66 @@ def _outer_splits(task: Task) -> list[tuple[int, int]]:
 
 
 def _fit(
-    x: FloatArray, task: Task, solver: Solver, settings: ProbeSettings
-) -> tuple[FloatArray, tuple[float, ...], _FitLog]:
-    """Return out-of-fold decisions [repeats, n, outputs], the C of each probe and what it took."""
-    log = _FitLog()
-    penalties = _choose_penalties(x, task, solver, settings, log)
-    splits = _outer_splits(task)
-    trains = [np.flatnonzero(task.folds[r] != k) for r, k in splits]
-    jobs = [Job(rows=t, y=task.y[t], penalties=(c,)) for t, c in zip(trains, penalties, strict=True)]
+    x: FloatArray, tasks: Sequence[Task], solver: Solver, settings: ProbeSettings
+) -> list[tuple[FloatArray, tuple[float, ...], _FitLog]]:
+    """Return, for each task, out-of-fold decisions [repeats, n, outputs], the C of each probe and what it took.
+
+    The solver is given the jobs of all tasks at once: those with the same folds share what does not depend on
+    labels.
+    """
+    logs = [_FitLog() for _ in tasks]
+    penalties = _choose_penalties(x, tasks, solver, settings, logs)
+    decisions = [_make_decisions(task) for task in tasks]
+    splits = [(at, r, k) for at, task in enumerate(tasks) for r, k in _outer_splits(task)]
+    jobs = [
+        _make_job(tasks[at].y, tasks[at].folds[r] != k, (c,))
+        for (at, r, k), c in zip(splits, chain(*penalties), strict=True)
+    ]
+    for (at, r, k), (solution,) in zip(splits, solver.solve(x, jobs), strict=True):
+        logs[at].add(solution)
+        test = np.flatnonzero(tasks[at].folds[r] == k)
+        decisions[at][r, test] = solution.decide(x[test])
+    return list(zip(decisions, map(tuple, penalties), logs, strict=True))
+
+
+def _make_job(y: IntArray, train: NDArray[np.bool_], penalties: tuple[float, ...]) -> Job:
+    rows = np.flatnonzero(train)
+    return Job(rows=rows, y=y[rows], penalties=penalties)
+
+
+def _make_decisions(task: Task) -> FloatArray:
     n_classes = int(task.y.max()) + 1
-    decisions = np.full((len(task.folds), len(x), 1 if n_classes == 2 else n_classes), np.nan)
-    for (r, k), (solution,) in zip(splits, solver.solve(x, jobs), strict=True):
-        log.add(solution)
-        test = np.flatnonzero(task.folds[r] == k)
-        decisions[r, test] = solution.decide(x[test])
-    return decisions, tuple(penalties), log
+    return np.full((*task.folds.shape, 1 if n_classes == 2 else n_classes), np.nan)
 
 
 def _choose_penalties(
-    x: FloatArray, task: Task, solver: Solver, settings: ProbeSettings, log: _FitLog
-) -> list[float]:
-    """Return the C of each outer training set: of least mean log-loss over its inner split, the smallest of equals."""
+    x: FloatArray, tasks: Sequence[Task], solver: Solver, settings: ProbeSettings, logs: Sequence[_FitLog]
+) -> list[list[float]]:
+    """Return, for each task, the C of each outer training set: of least mean log-loss over its inner split, the
+    smallest of equals."""
     grid = tuple(sorted(settings.penalties))
-    splits = _outer_splits(task)
-    if len(grid) == 1:
-        return [grid[0]] * len(splits)
-    inner = [
-        (at, k) for at, (r, f) in enumerate(splits) for k in range(int(task.inner_folds[r, f].max()) + 1)
+    outer = [(at, r, f) for at, task in enumerate(tasks) for r, f in _outer_splits(task)]
+    chosen = [grid[0]] * len(outer)
+    if len(grid) > 1:
+        folds = [tasks[at].inner_folds[r, f] for at, r, f in outer]
+        splits = [(number, k) for number, fold in enumerate(folds) for k in range(int(fold.max()) + 1)]
+        jobs = [
+            _make_job(tasks[outer[number][0]].y, (folds[number] >= 0) & (folds[number] != k), grid)
+            for number, k in splits
+        ]
+        losses: list[list[list[float]]] = [[] for _ in outer]
+        for (number, k), solutions in zip(splits, solver.solve(x, jobs), strict=True):
+            at = outer[number][0]
+            test = np.flatnonzero(folds[number] == k)
+            held_out, y = x[test], tasks[at].y[test]
+            for solution in solutions:
+                logs[at].add(solution)
+            losses[number].append([float(score_fold(s.decide(held_out), y).loss.mean()) for s in solutions])
+        chosen = [grid[int(np.argmin(np.mean(loss, axis=0)))] for loss in losses]
+    return [
+        [c for (number, _, _), c in zip(outer, chosen, strict=True) if number == at]
+        for at in range(len(tasks))
     ]
-    folds = [task.inner_folds[r, f] for r, f in splits]
-    trains = [np.flatnonzero((folds[at] >= 0) & (folds[at] != k)) for at, k in inner]
-    jobs = [Job(rows=t, y=task.y[t], penalties=grid) for t in trains]
-    losses: list[list[list[float]]] = [[] for _ in splits]
-    for (at, k), solutions in zip(inner, solver.solve(x, jobs), strict=True):
-        test = np.flatnonzero(folds[at] == k)
-        for solution in solutions:
-            log.add(solution)
-        losses[at].append([float(score_fold(s.decide(x[test]), task.y[test]).loss.mean()) for s in solutions])
-    return [grid[int(np.argmin(np.mean(loss, axis=0)))] for loss in losses]
 
 
 def _predict_majority(task: Task) -> FloatArray:

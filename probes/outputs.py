@@ -124,6 +124,7 @@ def make_record(summary: Summary, command: str) -> dict[str, Any]:
         "fits": {
             "n": summary.n_fits,
             "n_unconverged": summary.n_unconverged,
+            "solvers": sorted({s.solver for cell in summary.scores.values() for s in cell if s.solver}),
             "worst_residual": max(s.worst_residual for cell in summary.scores.values() for s in cell),
         },
         "columns": dict(COLUMNS),

@@ -40,7 +40,7 @@ class ProbeSettings:
     penalties: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     """Values of C to choose from, for features scaled to unit variance; a single one is used as it is."""
     solver: str = "auto"
-    """A name of `solvers.SOLVERS`; `auto` chooses by shape."""
+    """A name of `choice.SOLVER_NAMES`; `auto` chooses by shape and device."""
     seed: int = 0
     """Decides folds, shuffled labels and resampled groups."""
     resamples: int = 2000

@@ -1,15 +1,17 @@
 """Fit L2 logistic probes. Every solver minimises scikit-learn's objective, with an intercept that is not
 penalised:
 
-    ½‖w‖² + C · Σᵢ loss(yᵢ, xᵢ·w + b),  loss logistic for two classes, softmax cross-entropy for more
+    ½‖w‖² + C · Σᵢ sᵢ · loss(yᵢ, xᵢ·w + b),  loss logistic for two classes, softmax cross-entropy for more,
+    sᵢ the weight of the sample's class, 1 if not given
 
-One solver is given all the jobs of a layer at once, so that it can share work between them. This module knows
-nothing about folds, labels' meaning or scores.
+One solver is given all the jobs of a layer at once, so that it can share work between them. Here are what all
+solvers share and scikit-learn's; `dual` and `primal` are our own, `cuml_solver` is cuML's, `choice` has them by
+name. This module knows nothing about folds, labels' meaning or scores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,13 +42,20 @@ class Job:
     """One training set and the values of C to fit on it."""
 
     rows: IntArray
-    """[m] rows of X."""
+    """[m] rows of X, none twice."""
     y: IntArray
     """[m] class of each, every class at least once."""
     penalties: tuple[float, ...]
     """Values of C, ascending."""
     scale: bool = True
     """Bring each feature to mean 0 and variance 1 over `rows` first; constant features stay constant."""
+    class_weights: tuple[float, ...] = ()
+    """Weight of the samples of each class; all 1 if empty."""
+
+    @property
+    def sample_weights(self) -> FloatArray:
+        """[m] weight of each sample."""
+        return np.array(self.class_weights)[self.y] if self.class_weights else np.ones(len(self.y))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +115,11 @@ class SklearnSolver:
         z, basis = _rotate((x - center) / scale)
         n_outputs = 1 if (n_classes := len(np.unique(job.y))) == 2 else n_classes
         model = LogisticRegression(
-            solver=self._choose(z.shape[1] * n_outputs), tol=1e-9, max_iter=10_000, warm_start=True
+            solver=self._choose(z.shape[1] * n_outputs),
+            tol=1e-9,
+            max_iter=10_000,
+            warm_start=True,
+            class_weight=dict(enumerate(job.class_weights)) or None,
         )
         solutions = []
         for penalty in job.penalties:
@@ -123,7 +136,9 @@ class SklearnSolver:
                     intercept=model.intercept_ - center @ coefficients,
                     n_iter=int(np.max(model.n_iter_)),
                     method=f"sklearn {model.solver}",
-                    residual=kkt_residual(z, job.y, penalty, model.coef_.T, model.intercept_),
+                    residual=kkt_residual(
+                        z, job.y, penalty, model.coef_.T, model.intercept_, job.sample_weights
+                    ),
                 )
             )
         return solutions
@@ -143,24 +158,24 @@ def _rotate(x: FloatArray) -> tuple[FloatArray, FloatArray | None]:
 
 
 def kkt_residual(
-    x: FloatArray, y: IntArray, penalty: float, coefficients: FloatArray, intercept: FloatArray
+    x: FloatArray,
+    y: IntArray,
+    penalty: float,
+    coefficients: FloatArray,
+    intercept: FloatArray,
+    sample_weights: FloatArray | None = None,
 ) -> float:
-    """Return the largest absolute entry of ∇(½‖w‖² + C Σ loss) / (C·m), that of the intercept included.
+    """Return the largest absolute entry of ∇(½‖w‖² + C Σ s·loss) / (C·m), that of the intercept included.
 
-    x: [m, D]. y: [m]. coefficients: [D, 1] for two classes, [D, n_classes] for more. Zero at the optimum.
+    x: [m, D]. y: [m]. coefficients: [D, 1] for two classes, [D, n_classes] for more. sample_weights: [m] s, all
+    1 if not given. Zero at the optimum.
     """
     logits = x @ coefficients + intercept
     if logits.shape[1] == 1:
         error = expit(logits) - y[:, None]
     else:
         error = softmax(logits, axis=1) - np.eye(logits.shape[1])[y]
+    if sample_weights is not None:
+        error *= sample_weights[:, None]
     slope = x.T @ error / len(y) + coefficients / (penalty * len(y))
     return float(max(np.abs(slope).max(), np.abs(error.mean(0)).max()))
-
-
-SOLVERS: Mapping[str, Solver] = {
-    "auto": SklearnSolver("auto"),
-    "newton-cholesky": SklearnSolver("newton-cholesky"),
-    "lbfgs": SklearnSolver("lbfgs"),
-}
-"""By the name that --solver takes."""

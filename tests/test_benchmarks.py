@@ -60,3 +60,20 @@ def test_bench_scale_fits_and_computes_what_many_samples_cost(tmp_path: Path) ->
     assert results["measured"]["60"]["n_shards"] == 60
     assert results["fitted"]["plan_bytes_a_row"] > 0
     assert results["computed"]["1000000"]["bytes"] == 10**6 * 33 * 4096 * 4
+
+
+@pytest.mark.timeout(300)
+def test_bench_probe_compares_solvers_at_equal_residuals(tmp_path: Path) -> None:
+    sizes = ["--samples", "60", "--features", "80", "--sets", "1", "--layer-features", "70", "--cross", "8"]
+    command = [sys.executable, str(BENCHMARKS / "bench_probe.py"), *sizes]
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "out.json")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    for found in results["speed"].values():
+        assert found["method"] == "dual cpu" and found["largest residual"]["ours"] <= 1e-8
+        assert found["ours over"]["lbfgs, tol 1e-8"] > 0 and found["predictions that differ"]["ours"] == 0
+    assert max(results["agreement"].values()) <= 1e-6
+    assert results["layer"]["fits a layer"] == 125
+    assert set(results["crossings"]["8"]) == {"0.5", "1", "2", "4"}

@@ -6,12 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mmextract.probes.choice import AutoSolver
 from mmextract.probes.design import Design, make_design
 from mmextract.probes.evaluation import TaskScores, evaluate
 from mmextract.probes.intervals import stretch_factor
 from mmextract.probes.metrics import FloatArray
 from mmextract.probes.settings import ProbeSettings
-from mmextract.probes.solvers import SOLVERS, Job, Solution
+from mmextract.probes.solvers import Job, Solution
 from mmextract.probes.tasks import make_tasks
 from tests.probes.stores import paired_columns, paired_states
 
@@ -31,7 +32,7 @@ def paired(
 
 
 def score(x: FloatArray, design: Design, settings: ProbeSettings = QUICK) -> dict[str, TaskScores]:
-    results = evaluate(x, design.groups, make_tasks(design, settings), SOLVERS["auto"], settings)
+    results = evaluate(x, design.groups, make_tasks(design, settings), AutoSolver("cpu"), settings)
     return {result.task: result for result in results}
 
 
@@ -68,9 +69,9 @@ def test_every_sample_is_scored_once_a_repeat_by_a_probe_that_has_not_seen_it() 
     # the probe of fold 0 in repeat 0 never saw these samples: what it says of the old ones is what it said before
     slope = (again.decisions - label.decisions)[0, moved]
     assert (slope != 0).all()
-    train_only = evaluate(np.where(moved[:, None], x, changed), design.groups, tasks, SOLVERS["auto"], QUICK)[
-        0
-    ]
+    train_only = evaluate(
+        np.where(moved[:, None], x, changed), design.groups, tasks, AutoSolver("cpu"), QUICK
+    )[0]
     assert train_only.decisions is not None
     np.testing.assert_array_equal(train_only.decisions[0, moved], label.decisions[0, moved])
 
@@ -114,7 +115,7 @@ class Unfinished:
     """A solver that says that it did not get there."""
 
     def solve(self, x: FloatArray, jobs: Sequence[Job]) -> Iterator[list[Solution]]:
-        for solutions in SOLVERS["auto"].solve(x, jobs):
+        for solutions in AutoSolver("cpu").solve(x, jobs):
             yield [replace(solution, residual=0.5) for solution in solutions]
 
 
@@ -138,7 +139,7 @@ def test_stretched_replicates_spread_as_much_as_the_estimates_of_new_data_do() -
             label="x", classes=("unseen", "seen"), group="pair", rows=np.arange(120), y=y, groups=groups
         )
         tasks = make_tasks(design, settings)[:1]
-        replicates = evaluate(x, groups, tasks, SOLVERS["auto"], settings)[0].replicates["auroc"]
+        replicates = evaluate(x, groups, tasks, AutoSolver("cpu"), settings)[0].replicates["auroc"]
         estimates.append(replicates[0])
         errors.append(replicates[1:].std())
     ratio = np.std(estimates) / np.mean(errors)

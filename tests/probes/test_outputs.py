@@ -70,6 +70,7 @@ def test_the_record_has_what_is_needed_to_repeat_the_run(folder: Path, summary: 
     assert record["versions"]["scikit-learn"] and record["fits"] == {
         "n": summary.n_fits,
         "n_unconverged": 0,
+        "solvers": ["primal cpu"],
         "worst_residual": pytest.approx(0, abs=1e-6),
     }
 

@@ -35,6 +35,16 @@ def test_long_work_goes_to_processes_and_short_work_does_not(store: Path) -> Non
     assert choose_scheduler(plan_probe(store, FAST), 2) == "synchronous"
 
 
+@pytest.mark.parametrize("solver", ["dual", "primal"])
+def test_our_own_solvers_score_as_scikit_learn_does(store: Path, solver: str) -> None:
+    chosen = replace(QUICK, repeats=1, layers=(1,), positions=("image",))
+    found, want = (summarise(store, chosen, solver=name) for name in (solver, "sklearn"))
+    assert {row.solver for row in found.rows if row.task == "label"} == {f"{solver} cpu"}
+    for row, other in zip(found.rows, want.rows, strict=True):
+        assert (row.task, row.metric, row.c) == (other.task, other.metric, other.c)
+        assert row.value == pytest.approx(other.value, abs=1e-6)
+
+
 def test_progress_adds_up_to_the_layers_and_positions(store: Path) -> None:
     done: list[int] = []
     run_probe(plan_probe(store, FAST), on_progress=done.append)

@@ -7,7 +7,7 @@ from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from mmextract.probes.solvers import SOLVERS, Job, SklearnSolver, kkt_residual
+from mmextract.probes.solvers import Job, SklearnSolver, kkt_residual
 
 SHAPES = [(60, 8), (30, 50), (40, 40)]
 
@@ -65,23 +65,23 @@ def test_the_residual_is_zero_at_the_optimum_and_nowhere_near_it_elsewhere() -> 
 def test_a_constant_feature_is_harmless() -> None:
     x, y = problem(40, 6)
     x[:, 2] = 7.0
-    (solution,) = next(SOLVERS["auto"].solve(x, [Job(rows=np.arange(40), y=y, penalties=(1.0,))]))
+    (solution,) = next(SklearnSolver().solve(x, [Job(rows=np.arange(40), y=y, penalties=(1.0,))]))
     assert solution.converged and np.isfinite(solution.coefficients).all()
 
 
 def test_each_job_is_scaled_by_its_own_rows_only() -> None:
     x, y = problem(40, 6)
     job = Job(rows=np.arange(30), y=y[:30], penalties=(1.0,))
-    (before,) = next(SOLVERS["auto"].solve(x, [job]))
+    (before,) = next(SklearnSolver().solve(x, [job]))
     x[30:] = 1e6
-    (after,) = next(SOLVERS["auto"].solve(x, [job]))
+    (after,) = next(SklearnSolver().solve(x, [job]))
     assert (before.coefficients == after.coefficients).all()
 
 
-def test_auto_takes_newton_for_few_parameters_and_lbfgs_for_many() -> None:
+def test_newton_is_taken_for_few_parameters_and_lbfgs_for_many() -> None:
     x, y = problem(40, 6)
     wide = np.random.default_rng(0).normal(size=(1010, 1005))
     jobs = [Job(rows=np.arange(40), y=y, penalties=(1e-3,))]
-    assert next(SOLVERS["auto"].solve(x, jobs))[0].method == "sklearn newton-cholesky"
+    assert next(SklearnSolver().solve(x, jobs))[0].method == "sklearn newton-cholesky"
     jobs = [Job(rows=np.arange(1010), y=np.arange(1010) % 2, penalties=(1e-4,))]
-    assert next(SOLVERS["auto"].solve(wide, jobs))[0].method == "sklearn lbfgs"
+    assert next(SklearnSolver().solve(wide, jobs))[0].method == "sklearn lbfgs"

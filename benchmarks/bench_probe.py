@@ -1,0 +1,243 @@
+"""Our solvers against loops of scikit-learn fits: `python benchmarks/bench_probe.py`.
+
+One core, and processor seconds, which a busy machine distorts less than time on the clock. Figures are ratios
+at the KKT residual that is printed beside them; a residual is the largest entry of the gradient over C·m in the
+scaled features, an excess how far the objective stands above the lowest one found. States are synthetic, with a
+spectrum that falls as a power law.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+from harness import alternate, save, show
+from mmextract.probes.choice import choose
+from mmextract.probes.dual import DualSolver
+from mmextract.probes.primal import PrimalSolver
+from mmextract.probes.solvers import FloatArray, IntArray, Job, SklearnSolver, Solution, Solver, kkt_residual
+
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+FOLDS = 5
+FLAT, STEEP = 0.5, 1.0
+"""Decay of the spectrum: on a flat one L-BFGS has an easy time, on a steep one it needs thousands of iterations."""
+PAPER_LAYERS = 33
+CONTROLS = 4
+"""Shuffled labels, each fitted 5 × 5 times: 100 control fits."""
+
+
+def make_states(
+    n: int, d: int, n_classes: int = 2, *, decay: float = STEEP, seed: int = 0
+) -> tuple[FloatArray, IntArray]:
+    """Return states [n, d], whose k-th direction has size k^−decay, and classes [n] that the first 20 hint at."""
+    rng = np.random.default_rng(seed)
+    rank = min(n, d)
+    latent = rng.normal(size=(n, rank)) * np.arange(1, rank + 1) ** -decay
+    first = latent[:, :20]
+    logits = first @ rng.normal(size=(first.shape[1], n_classes)) / 2 + rng.gumbel(size=(n, n_classes))
+    x = latent @ rng.normal(size=(rank, d)) + 0.01 * rng.normal(size=(n, d))
+    return x * rng.lognormal(size=d) + rng.normal(size=d), logits.argmax(1)
+
+
+def make_jobs(y: IntArray, n_sets: int, labels: int = 1) -> list[Job]:
+    """Return one job a fold and label: the label itself first, then shuffled ones."""
+    rng = np.random.default_rng(1)
+    shuffled = [y, *(rng.permutation(y) for _ in range(labels - 1))]
+    rows = [np.flatnonzero(np.arange(len(y)) % FOLDS != fold) for fold in range(n_sets)]
+    return [Job(rows=r, y=some[r], penalties=PENALTIES) for r in rows for some in shuffled]
+
+
+def solve(solver: Solver, x: FloatArray, jobs: Sequence[Job]) -> list[list[Solution]]:
+    """Return what the solver finds."""
+    return list(solver.solve(x, jobs))
+
+
+def loop(x: FloatArray, jobs: Sequence[Job], **options: Any) -> list[list[Solution]]:
+    """Fit each penalty of each job by itself, as people do; the residual and the features' scale come after."""
+    found = []
+    for job in jobs:
+        scaler = StandardScaler().fit(x[job.rows])
+        z = scaler.transform(x[job.rows])
+        models = [LogisticRegression(C=c, max_iter=100_000, **options).fit(z, job.y) for c in job.penalties]
+        found.append([_convert(model, scaler, z, job.y) for model in models])
+    return found
+
+
+def _convert(model: LogisticRegression, scaler: StandardScaler, z: FloatArray, y: IntArray) -> Solution:
+    coefficients = model.coef_.T / scaler.scale_[:, None]
+    return Solution(
+        penalty=model.C,
+        coefficients=coefficients,
+        intercept=model.intercept_ - scaler.mean_ @ coefficients,
+        n_iter=int(model.n_iter_.max()),
+        method="loop",
+        residual=kkt_residual(z, y, model.C, model.coef_.T, model.intercept_),
+    )
+
+
+def objective(x: FloatArray, job: Job, solution: Solution) -> float:
+    """Return ½‖w‖² + C·Σ loss, in scaled features, of a binary probe."""
+    w = solution.coefficients[:, 0] * StandardScaler().fit(x[job.rows]).scale_
+    logits = solution.decide(x[job.rows])[:, 0]
+    return float(w @ w / 2 + solution.penalty * np.logaddexp(0, np.where(job.y == 1, -logits, logits)).sum())
+
+
+def compare(n: int, d: int, decay: float, n_sets: int, repeats: int) -> dict[str, Any]:
+    """Return speed and residuals of `auto`'s choice and of scikit-learn's L-BFGS at two tolerances."""
+    x, y = make_states(n, d, decay=decay)
+    jobs = make_jobs(y, n_sets)
+    solver = DualSolver() if choose(len(jobs[0].rows), d, "cpu") == "dual" else PrimalSolver()
+    found: dict[str, list[list[Solution]]] = {}
+    work: dict[str, Callable[[], object]] = {
+        "ours": lambda: found.update(ours=solve(solver, x, jobs)),
+        "lbfgs, default": lambda: found.update({"lbfgs, default": loop(x, jobs)}),
+        "lbfgs, tol 1e-8": lambda: found.update({"lbfgs, tol 1e-8": loop(x, jobs, tol=1e-8)}),
+    }
+    timings = alternate(work, repeats=repeats, warm_up=False, clock=time.process_time)
+    flat = {name: [s for solutions in groups for s in solutions] for name, groups in found.items()}
+    owner = [job for job in jobs for _ in PENALTIES]
+    values = {
+        name: np.array([objective(x, j, s) for j, s in zip(owner, solutions, strict=True)])
+        for name, solutions in flat.items()
+    }
+    best = np.min(list(values.values()), axis=0)
+    ours = timings["ours"].median
+    decided = {name: np.stack([s.decide(x)[:, 0] for s in solutions]) for name, solutions in flat.items()}
+    tight = decided["lbfgs, tol 1e-8"]
+    return {
+        "shape": [n, d],
+        "decay": decay,
+        "fits": len(owner),
+        "method": flat["ours"][0].method,
+        "seconds": {name: list(timing.seconds) for name, timing in timings.items()},
+        "ours over": {name: ours / timing.median for name, timing in timings.items()},
+        "largest residual": {name: max(s.residual for s in solutions) for name, solutions in flat.items()},
+        "largest excess": {name: float((value / best - 1).max()) for name, value in values.items()},
+        "most steps": {name: max(s.n_iter for s in solutions) for name, solutions in flat.items()},
+        "predictions that differ": {name: int(((v > 0) != (tight > 0)).sum()) for name, v in decided.items()},
+        "predictions": int(tight.size),
+    }
+
+
+def agree(n: int, d: int) -> dict[str, float]:
+    """Return how far coefficients are from scikit-learn's newton-cholesky, at most, over the largest of them."""
+    found = {}
+    for n_classes in (2, 3):
+        x, y = make_states(n, d, n_classes)
+        jobs = make_jobs(y, FOLDS)
+        want = loop(x, jobs, solver="newton-cholesky", tol=1e-13)
+        for solver in (DualSolver(), PrimalSolver()):
+            got = solve(solver, x, jobs)
+            distances = [
+                float(np.abs(g.coefficients - w.coefficients).max() / np.abs(w.coefficients).max())
+                for some, others in zip(got, want, strict=True)
+                for g, w in zip(some, others, strict=True)
+            ]
+            found[f"{got[0][0].method}, {n_classes} classes"] = max(distances)
+    return found
+
+
+def extrapolate(n: int, d: int, n_layers: int) -> dict[str, float]:
+    """Return what 5 × 5 fits of a label, and of CONTROLS shuffled ones, take on a layer, and on all of them."""
+    x, y = make_states(n, d)
+    jobs = make_jobs(y, FOLDS, 1 + CONTROLS)
+    started = time.process_time()
+    solutions = solve(DualSolver(), x, jobs)
+    layer = time.process_time() - started
+    return {
+        "fits a layer": float(sum(map(len, solutions))),
+        "processor seconds a layer": layer,
+        "layers": float(n_layers),
+        "minutes on two cores, estimated": layer * n_layers / 120,
+        "largest residual": max(s.residual for some in solutions for s in some),
+    }
+
+
+def cross(d: int, shares: Sequence[float]) -> dict[str, dict[str, float]]:
+    """Return processor milliseconds a fit of each solver, by training samples per feature: where `auto` turns."""
+    found = {}
+    for share in shares:
+        x, y = make_states(round(share * d * FOLDS / (FOLDS - 1)), d)
+        jobs = make_jobs(y, FOLDS)
+        work = {
+            type(solver).__name__: partial(solve, solver, x, jobs)
+            for solver in (DualSolver(), PrimalSolver(), SklearnSolver())
+        }
+        timings = alternate(work, repeats=1, clock=time.process_time)
+        fits = len(jobs) * len(PENALTIES)
+        found[f"{share:g}"] = {name: timing.median / fits * 1e3 for name, timing in timings.items()}
+    return found
+
+
+def show_speed(name: str, found: dict[str, Any]) -> None:
+    """Print what `compare` found."""
+    n, d = found["shape"]
+    show(
+        f"{found['fits']} fits, {n} samples × {d} features, {name} spectrum ({found['method']})",
+        ("", "processor s", "ours ÷ it", "KKT residual", "excess", "most steps", "predictions that differ"),
+        [
+            (
+                work,
+                float(np.median(seconds)),
+                found["ours over"][work],
+                found["largest residual"][work],
+                found["largest excess"][work],
+                found["most steps"][work],
+                f"{found['predictions that differ'][work]} of {found['predictions']}",
+            )
+            for work, seconds in found["seconds"].items()
+        ],
+    )
+
+
+def main() -> None:
+    """Run all comparisons."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--features", type=int, default=3584)
+    parser.add_argument("--sets", type=int, default=FOLDS, choices=range(1, FOLDS + 1), help="folds compared")
+    parser.add_argument("--layer-features", type=int, default=4096, help="of the layer that is extrapolated")
+    parser.add_argument(
+        "--cross", type=int, nargs="*", default=[64, 512], help="features at which solvers cross"
+    )
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        agreement = agree(300, 20)
+        crossings = {str(d): cross(d, (0.5, 1, 2, 4)) for d in arguments.cross}
+        layer = extrapolate(arguments.samples, arguments.layer_features, PAPER_LAYERS)
+        speed = {
+            name: compare(arguments.samples, arguments.features, decay, arguments.sets, arguments.repeats)
+            for name, decay in (("flat", FLAT), ("steep", STEEP))
+        }
+    for name, found in speed.items():
+        show_speed(name, found)
+    show("coefficients against newton-cholesky", ("", "largest relative distance"), list(agreement.items()))
+    show("one layer with controls", ("", ""), list(layer.items()))
+    for d_text, shares in crossings.items():
+        names = list(next(iter(shares.values())))
+        show(
+            f"processor ms a fit, {d_text} features, by training samples per feature",
+            ("", *names),
+            [(share, *(row[name] for name in names)) for share, row in shares.items()],
+        )
+    save(arguments.json, {"speed": speed, "agreement": agreement, "layer": layer, "crossings": crossings})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""From jobs to batches of problems that `newton` solves together, and back to solutions.
+
+Jobs with the same rows share their features, whatever their labels; training sets of like shape are solved
+side by side. This module knows nothing about how features are brought into orthogonal coordinates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmextract.probes.newton import Basis, Labels, Optimum, minimise
+from mmextract.probes.solvers import IntArray, Job, Solution
+
+CHUNK = 1 << 14
+"""Samples that are copied at once."""
+
+LIVE_LOGITS = 12
+"""Arrays of the logits' shape that a Newton step keeps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSet:
+    """A training set and the jobs that use it."""
+
+    rows: IntArray
+    """[m] rows of X."""
+    scale: bool
+    """See `Job.scale`."""
+    jobs: tuple[int, ...]
+    """Their numbers; all with as many classes and as many penalties."""
+    n_columns: int
+    """Logits of a sample: one a job, or one a job and class if there are more than two."""
+
+
+class Features(Basis, Protocol):
+    """A basis that knows the features [m, D] it came from: centred, and divided by `scale`."""
+
+    center: Tensor
+    """[F, D]."""
+    scale: Tensor
+    """[F, D]."""
+    places: Sequence[IntArray]
+    """Where in a basis' m rows each sample of each training set stands."""
+    n_places: int
+    """m."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        """Return centred and scaled features times w [F, q, D]: [F, q, m]."""
+
+    def backward(self, errors: Tensor) -> Tensor:
+        """Return their transposed product with errors [F, q, m]: [F, q, D]."""
+
+    def weights(self, optimum: Optimum) -> Tensor:
+        """Return the optimum's parameters as weights of centred and scaled features: [F, L·c, D]."""
+
+
+def solve_in_batches(
+    jobs: Sequence[Job],
+    find_features: Callable[[Sequence[RowSet]], Features],
+    size: Callable[[RowSet], int],
+    most: int,
+    method: str,
+) -> Iterator[list[Solution]]:
+    """Yield, for each job in turn, a solution for each of its penalties.
+
+    find_features: the features of training sets that are all scaled, or all not. size: elements that a
+    training set takes in a batch of at most `most`. method: see `Solution.method`.
+    """
+    found: dict[int, list[Solution]] = {}
+    for batch in make_batches(jobs, size, most):
+        found.update(_solve_batch(jobs, batch, find_features(batch), method))
+    for number in range(len(jobs)):
+        yield found.pop(number)
+
+
+def make_batches(jobs: Sequence[Job], size: Callable[[RowSet], int], most: int) -> Iterator[list[RowSet]]:
+    """Yield lists of training sets, each with as many jobs, classes and penalties as the others of its list."""
+    members: dict[tuple[bytes, bool, int, int], list[int]] = {}
+    for number, job in enumerate(jobs):
+        key = (job.rows.tobytes(), job.scale, _count_classes(job), len(job.penalties))
+        members.setdefault(key, []).append(number)
+    alike: dict[tuple[bool, int, int, int], list[RowSet]] = {}
+    for (_, *shape), numbers in members.items():
+        first, n_classes = jobs[numbers[0]], int(shape[1])
+        n_outputs = 1 if n_classes == 2 else n_classes
+        row_set = RowSet(
+            rows=first.rows, scale=first.scale, jobs=tuple(numbers), n_columns=n_outputs * len(numbers)
+        )
+        alike.setdefault((*shape, len(numbers)), []).append(row_set)  # type: ignore[arg-type]
+    for row_sets in alike.values():
+        row_sets.sort(key=size)  # so that little is padding
+        batch: list[RowSet] = []
+        for row_set in row_sets:
+            if batch and size(row_set) * (len(batch) + 1) > most:
+                yield batch
+                batch = []
+            batch.append(row_set)
+        yield batch
+
+
+def _count_classes(job: Job) -> int:
+    return int(job.y.max()) + 1
+
+
+def _solve_batch(
+    jobs: Sequence[Job], batch: Sequence[RowSet], features: Features, method: str
+) -> dict[int, list[Solution]]:
+    """Return a solution for each penalty of each job, by the job's number; each penalty starts from the last."""
+    targets, weights = _label(jobs, batch, features)
+    penalties = np.array([[jobs[number].penalties for number in row_set.jobs] for row_set in batch])
+    found: dict[int, list[Solution]] = {number: [] for row_set in batch for number in row_set.jobs}
+    v = None
+    for penalty in np.moveaxis(penalties, 2, 0):  # [F, L]
+        labels = Labels(targets=targets, weights=weights, penalty=targets.new_tensor(penalty))
+        optimum = minimise(features, labels, v)
+        v = optimum.v
+        w = features.weights(optimum).unflatten(1, targets.shape[1:3])  # [F, L, c, D]
+        intercept = v[..., -1]  # [F, L, c]
+        if intercept.shape[2] > 1:
+            intercept = intercept - intercept.mean(2, keepdim=True)
+        residual = _measure(features, labels, w, intercept)
+        coefficients = w / features.scale[:, None, None]
+        intercept = intercept - (features.center[:, None, None] * coefficients).sum(3)
+        for at, row_set in enumerate(batch):
+            columns = coefficients[at].mT.cpu().numpy()  # [L, D, c]
+            for label, number in enumerate(row_set.jobs):
+                found[number].append(
+                    Solution(
+                        penalty=float(penalty[at, label]),
+                        coefficients=np.ascontiguousarray(columns[label]),
+                        intercept=intercept[at, label].cpu().numpy(),
+                        n_iter=int(optimum.n_steps[at, label]),
+                        method=method,
+                        residual=float(residual[at, label]),
+                    )
+                )
+    return found
+
+
+def find_moments(states: Tensor, rows: Tensor, scale: bool) -> tuple[Tensor, Tensor]:
+    """Return the mean [D] of states[rows] and, if they are to be scaled, their standard deviation [D], else ones.
+
+    A feature that is constant up to rounding has scale 1. The bound is scikit-learn's, and that of Chan, Golub
+    & LeVeque 1983 (doi 10.1080/00031305.1983.10483115).
+    """
+    n = len(rows)
+    mean = sum((states[part].sum(0) for part in rows.split(CHUNK)), states.new_zeros(states.shape[1])) / n
+    if not scale:
+        return mean, torch.ones_like(mean)
+    squares = (((states[part] - mean) ** 2).sum(0) for part in rows.split(CHUNK))
+    variance = sum(squares, torch.zeros_like(mean)) / n
+    epsilon = torch.finfo(states.dtype).eps
+    constant = variance <= n * epsilon * variance + (n * mean * epsilon) ** 2
+    return mean, torch.where(constant, 1.0, variance.sqrt())
+
+
+def _label(jobs: Sequence[Job], batch: Sequence[RowSet], features: Features) -> tuple[Tensor, Tensor]:
+    """Return targets [F, L, c, m] and weights [F, L, m]."""
+    n_labels, n_classes = len(batch[0].jobs), _count_classes(jobs[batch[0].jobs[0]])
+    y = np.zeros((len(batch), n_labels, features.n_places), np.int64)
+    weights = np.zeros(y.shape)
+    for at, row_set in enumerate(batch):
+        for label, number in enumerate(row_set.jobs):
+            y[at, label, features.places[at]] = jobs[number].y
+            weights[at, label, features.places[at]] = jobs[number].sample_weights
+    device = features.gram.device
+    classes = torch.arange(1, 2) if n_classes == 2 else torch.arange(n_classes)
+    targets = torch.from_numpy(y)[:, :, None] == classes[:, None]
+    return targets.to(device, torch.float64), torch.from_numpy(weights).to(device)
+
+
+def _measure(features: Features, labels: Labels, w: Tensor, intercept: Tensor) -> Tensor:
+    """Return the KKT residual, [F, L], in the features themselves (see `solvers.kkt_residual`)."""
+    logits = features.forward(w.flatten(1, 2)).unflatten(1, w.shape[1:3]) + intercept[..., None]
+    errors = labels.strength * (labels.probabilities(logits) - labels.targets)
+    slope = w + features.backward(errors.flatten(1, 2)).unflatten(1, w.shape[1:3])
+    largest = torch.maximum(slope.abs().amax((2, 3)), errors.sum(3).abs().amax(2))
+    return largest / (labels.penalty * features.n_rows[:, None])
