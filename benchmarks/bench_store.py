@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from states import real_states
 
 from harness import Timing, alternate, save, show
-from mmextract.engine.shards import CODECS, encode_shard
+from mmextract.engine.shards import CODECS, encode_shard, join
 from mmextract.engine.store import open_store
 
 
@@ -35,7 +35,7 @@ def measure_writes(states: NDArray[Any], scratch: Path, repeats: int) -> dict[st
     """Return seconds of every way to write, and the bytes that each codec gives."""
     parts = work.shard_arrays(states)
     with ThreadPoolExecutor() as executor:
-        encoded = {codec: [b"".join(encode_shard(p, codec, executor)) for p in parts] for codec in CODECS}
+        encoded = {codec: [join(encode_shard(p, codec, executor)) for p in parts] for codec in CODECS}
         jobs: dict[str, Any] = {
             "raw": partial(work.write_raw, [part.data for part in parts], scratch / "raw"),
             "safetensors": partial(work.write_safetensors, parts, scratch / "safetensors"),

@@ -60,7 +60,8 @@ class Assembler:
         self._writer = writer
         self._on_progress = on_progress
         self._open: dict[int, _Open] = {}
-        self._writing: deque[Future[int]] = deque()
+        self._writing: deque[tuple[Future[int], NDArray[Any]]] = deque()
+        self._free: list[NDArray[Any]] = []  # fresh memory costs as much to touch as a shard to encode
         self._pool = ThreadPoolExecutor(WRITERS, "mmextract-shards")
         self.bytes_written = 0
         """Bytes of encoded states so far."""
@@ -84,6 +85,7 @@ class Assembler:
         shard = self._open.get(done.shard) or self._begin(done.shard)
         if states is None:
             shard.rejected.update(zip(done.rows, done.reasons, strict=True))
+            shard.states[:, list(done.rows)] = self._writer.layout.nan
         else:
             self._fill(shard, done, states)
         shard.n_left -= len(done.rows)
@@ -96,10 +98,13 @@ class Assembler:
         while len(self._writing) >= WRITERS:  # bounds the memory
             self._finish_one()
         work = self._writer.write_shard
-        self._writing.append(self._pool.submit(work, index, shard.states, shard.records, shard.rejected))
+        future = self._pool.submit(work, index, shard.states, shard.records, shard.rejected)
+        self._writing.append((future, shard.states))
 
     def _finish_one(self) -> None:
-        self.bytes_written += self._writing.popleft().result()
+        future, states = self._writing.popleft()
+        self.bytes_written += future.result()
+        self._free.append(states)
 
     def _fill(self, shard: _Open, done: Done, states: torch.Tensor) -> None:
         assert done.nonfinite is not None and done.overflow is not None
@@ -111,18 +116,25 @@ class Assembler:
             )
         counts = done.nonfinite.tolist()
         self.n_nonfinite += sum(count > 0 for count in counts)
-        shard.states[:, list(done.rows)] = to_numpy(states).swapaxes(0, 1)
+        shard.states[:, _index(done.rows)] = to_numpy(states).swapaxes(0, 1)
         for row, record, count in zip(done.rows, done.records, counts, strict=True):
             known = {**record, "n_nonfinite": count}
             shard.records[row] = [known.get(name, -1) for name in self._writer.layout.record_fields]
 
     def _begin(self, index: int) -> _Open:
         layout = self._writer.layout
-        shard = _Open(
-            states=layout.empty_shard(), records=layout.empty_records(), n_left=len(layout.rows(index))
-        )
+        n_rows = len(layout.rows(index))
+        states = self._free.pop() if self._free else layout.empty_shard()
+        states[:, n_rows:] = layout.nan
+        shard = _Open(states=states, records=layout.empty_records(), n_left=n_rows)
         self._open[index] = shard
         return shard
+
+
+def _index(rows: tuple[int, ...]) -> slice | list[int]:
+    """Return rows as a slice if they follow each other, which NumPy copies faster."""
+    contiguous = rows == tuple(range(rows[0], rows[0] + len(rows)))
+    return slice(rows[0], rows[0] + len(rows)) if contiguous else list(rows)
 
 
 def to_numpy(states: torch.Tensor) -> NDArray[Any]:

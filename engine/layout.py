@@ -77,10 +77,15 @@ class Layout:
         start = shard * self.shard_samples
         return range(start, min(start + self.shard_samples, self.n_samples))
 
+    @property
+    def nan(self) -> float | int:
+        """What stands where there is no state, as stored."""
+        return BFLOAT16_NAN if self.dtype == "bfloat16" else np.nan
+
     def empty_shard(self) -> NDArray[Any]:
         """Return [L, S, P, D] of NaN, to be filled and given to `StoreWriter.write_shard`."""
         shape = (len(self.layers), self.shard_samples, len(self.positions), self.hidden_size)
-        return np.full(shape, BFLOAT16_NAN if self.dtype == "bfloat16" else np.nan, DTYPES[self.dtype])
+        return np.full(shape, self.nan, DTYPES[self.dtype])
 
     def empty_records(self) -> NDArray[np.int64]:
         """Return [S, F] of −1, to be filled and given to `StoreWriter.write_shard`."""

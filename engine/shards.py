@@ -7,7 +7,7 @@ then crc32c. Written by hand because zarr-python encodes a shard in one thread a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
@@ -20,39 +20,52 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 CODECS = ("lz4", "zstd", "none")
 """lz4: bitshuffle + LZ4, as fast as the disk. zstd: bitshuffle + Zstandard, smaller and slower. none: crc32c only."""
 
+BLOSC: Mapping[str, Mapping[str, Any]] = {
+    "lz4": {"cname": "lz4", "clevel": 5, "blocksize": 1 << 18},
+    "zstd": {"cname": "zstd", "clevel": 1, "blocksize": 1 << 20},
+}
+"""Measured on 2 MiB of SmolLM2's float32 states, one thread: ratio and GB/s. Blosc's own choice of block is too small
+for bitshuffle: lz4-5 2.45 at 1.3 with it, 2.89 at 1.2 with 256 KiB; zstd-1 1.07 at 0.5 with it, 3.03 at 0.8 with 1 MiB;
+zstd-3 3.05 at 0.2."""
+
+Bytes = bytes | memoryview
+
 
 def zarr_compressors(codec: str, item_size: int) -> list[Any]:
     """Return the bytes-to-bytes codecs of the inner chunks for zarr's metadata."""
     if codec == "none":
         return [Crc32cCodec()]
-    name, level = _blosc_settings(codec)
-    return [BloscCodec(typesize=item_size, cname=name, clevel=level, shuffle="bitshuffle"), Crc32cCodec()]
+    return [BloscCodec(typesize=item_size, shuffle="bitshuffle", **_blosc_settings(codec)), Crc32cCodec()]
 
 
-def _blosc_settings(codec: str) -> tuple[Any, int]:
-    if codec not in CODECS:
+def _blosc_settings(codec: str) -> Mapping[str, Any]:
+    if codec not in BLOSC:
         raise ValueError(f"codec must be one of {', '.join(CODECS)}, got {codec!r}")
-    return ("lz4", 5) if codec == "lz4" else ("zstd", 3)
+    return BLOSC[codec]
 
 
-def encode_shard(chunks: np.ndarray[Any, Any], codec: str, executor: Executor) -> list[bytes]:
+def encode_shard(chunks: np.ndarray[Any, Any], codec: str, executor: Executor) -> list[Bytes]:
     """Encode [L, S, P, D], L inner chunks of shape (S, 1, P, D), little endian. Returns the object in pieces.
 
     The chunks are encoded in the executor's threads; Blosc lets go of the interpreter's lock. A chunk and its checksum
-    are two pieces, so that nothing is copied to join them.
+    are two pieces, so that nothing is copied to join them; uncompressed chunks are views of what was given.
     """
     assert chunks.flags.c_contiguous and chunks.dtype.newbyteorder("<") == chunks.dtype
+    encoded: Iterable[Bytes]
     if codec == "none":
-        encoded: Iterable[bytes] = (chunk.tobytes() for chunk in chunks)
+        encoded = (chunk.reshape(-1).view(np.uint8).data for chunk in chunks)
     else:
-        name, level = _blosc_settings(codec)
-        blosc = Blosc(cname=name, clevel=level, shuffle=Blosc.BITSHUFFLE)
-        encoded = executor.map(blosc.encode, chunks)
+        encoded = executor.map(Blosc(shuffle=Blosc.BITSHUFFLE, **_blosc_settings(codec)).encode, chunks)
     pieces = [piece for data in encoded for piece in (data, _crc(data))]
     lengths = np.asarray([len(data) + 4 for data in pieces[::2]], "<u8")
     offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype("<u8")
     index = np.stack([offsets, lengths], axis=1).tobytes()
     return [*pieces, index, _crc(index)]
+
+
+def join(pieces: Iterable[Bytes]) -> bytes:
+    """Return an object whole."""
+    return b"".join(pieces)
 
 
 def index_size(n_chunks: int) -> int:
@@ -81,8 +94,9 @@ def _without_crc(data: bytes) -> bytes:
     return content
 
 
-def _crc(data: bytes) -> bytes:
-    checksum: int = google_crc32c.value(data)
+def _crc(data: Bytes) -> bytes:
+    # it takes arrays, and bytes, but no memoryview
+    checksum: int = google_crc32c.value(data if isinstance(data, bytes) else np.frombuffer(data, np.uint8))
     return checksum.to_bytes(4, "little")
 
 
@@ -99,7 +113,7 @@ def damaged_chunks(data: bytes, n_chunks: int) -> list[int]:
     return damaged
 
 
-def digest(objects: Iterable[Sequence[bytes]], *, seed: int) -> int:
+def digest(objects: Iterable[Sequence[Bytes]], *, seed: int) -> int:
     """Return the xxh3-64 of the objects' bytes, one after the other. seed: see `integrity.shard_seed`."""
     state = xxhash.xxh3_64(seed=seed)
     for pieces in objects:

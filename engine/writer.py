@@ -70,7 +70,7 @@ class StoreWriter:
         states: [L, S, P, D] in the store's dtype. records: int64 [S, F]. rejected: row within the shard → reason.
         """
         encoded = shards.encode_shard(states, self.layout.codec, self.executor)
-        parts = [encoded, [np.ascontiguousarray(records, "<i8").tobytes()]]
+        parts: list[list[shards.Bytes]] = [encoded, [np.ascontiguousarray(records, "<i8").tobytes()]]
         if rejected:
             reasons = [rejected.get(row, "") for row in range(self.layout.shard_samples)]
             parts.append([_encode_strings(reasons)])

@@ -52,13 +52,13 @@ def fill(stub: Stub, place: Path) -> None:
         run = stub.open(place, executor).run
         states, records, _ = stub.shard(0)
         encoded = shards.encode_shard(states, stub.codec, executor)
-    parts = [encoded, [records.tobytes()]]
+    parts: list[list[shards.Bytes]] = [encoded, [records.tobytes()]]
     (place / "shard_digest/c").mkdir()
     for index in range(stub.layout.n_shards):
         digest = shards.digest(parts, seed=shard_seed(run, index)).to_bytes(8, "little")
         for key, data in (
-            (f"hidden_states/c/{index}/0/0/0", b"".join(encoded)),
-            (f"record/c/{index}/0", parts[1][0]),
+            (f"hidden_states/c/{index}/0/0/0", shards.join(encoded)),
+            (f"record/c/{index}/0", records.tobytes()),
             (f"shard_digest/c/{index}", digest),
         ):
             file = place / key
