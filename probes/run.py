@@ -145,7 +145,8 @@ def run_probe(
             on_progress(1)
 
     progress = Callback(posttask=count)
-    with progress, threadpool_limits(1), warnings.catch_warnings():
+    # `one_thread` first: asked inside the limit, torch would take one thread for what it had before
+    with one_thread(), progress, threadpool_limits(1), warnings.catch_warnings():
         _prepare()
         results = compute(
             *graph,

@@ -134,6 +134,7 @@ def test_a_run_that_is_killed_is_continued_to_the_same_bytes(
     for i in range(120):
         Image.fromarray(rng.integers(0, 256, (90, 120, 3), dtype=np.uint8)).save(tmp_path / f"many/{i}.jpg")
     command = ["dump", tmp_path / "many", "--prompt", "what?", "--shard-samples", 2, "--batch-size", 2]
+    command += ["--torch-threads", 1]  # which the store records, and this process may have changed
     process = subprocess.Popen(
         [Path(sys.executable).parent / "mmextract", *map(str, command), "-o", tmp_path / "a.zarr"],
         stdout=subprocess.DEVNULL,

@@ -38,6 +38,7 @@ def test_a_dump_to_a_bucket_is_killed_and_continued_to_the_bytes_of_a_local_one(
     run: Run, bucket: Bucket, photos: Path, tmp_path: Path
 ) -> None:
     command = ["dump", photos, "--prompt", "what?", "--shard-samples", 1, "--batch-size", 1]
+    command += ["--torch-threads", 1]  # which the store records, and this process may have changed
     process = subprocess.Popen(
         [Path(sys.executable).parent / "mmextract", *map(str, command), "-o", bucket.url("a.zarr")],
         stdout=subprocess.DEVNULL,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from mmextract.probes.run import choose_scheduler, plan_probe, run_probe
 from mmextract.probes.settings import ProbeSettings
@@ -138,3 +139,14 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=r"must|each"):
             ProbeSettings(**wrong)
+
+
+@pytest.mark.parametrize("scheduler", ["synchronous", "threads"])
+def test_torch_has_its_threads_back_afterwards(store: Path, scheduler: str) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        run_probe(plan_probe(store, FAST), workers=2, scheduler=scheduler)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
