@@ -145,25 +145,26 @@ class LocalObjects:
         creates it in place, where a reader may for a moment see it short.
         """
         target = self.root / key
-        make_folders(target.parent)
         temporary = _beside(target)
-        try:
-            write_new(temporary, data)
+        with naming(target):
+            make_folders(target.parent)
             try:
-                target.hardlink_to(temporary)
-            except OSError as error:
-                if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+                write_new(temporary, data)
+                try:
+                    target.hardlink_to(temporary)
+                except OSError as error:
+                    if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+                        raise
+                    write_new(target, data)
+            except FileExistsError:
+                return False
+            except FileNotFoundError:
+                if not target.parent.is_dir():
                     raise
-                write_new(target, data)
-        except FileExistsError:
-            return False
-        except FileNotFoundError:
-            if not target.parent.is_dir():
-                raise
-            return False  # another writer was first, and swept
-        finally:
-            temporary.unlink(missing_ok=True)
-        flush_folder(target.parent)
+                return False  # another writer was first, and swept
+            finally:
+                temporary.unlink(missing_ok=True)
+            flush_folder(target.parent)
         return True
 
     def put(self, key: str, parts: Sequence[Buffer]) -> None:
@@ -209,9 +210,10 @@ class LocalObjects:
     def delete(self, key: str) -> None:
         """Remove a file, durably."""
         target = self.root / key
-        if target.exists():
-            target.unlink(missing_ok=True)
-            flush_folder(target.parent)
+        with naming(target):
+            if target.exists():
+                target.unlink(missing_ok=True)
+                flush_folder(target.parent)
 
     def sweep(self, prefix: str) -> None:
         """Remove the temporary files directly under `prefix`. One that is being written fails its writer."""
