@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from mmextract.engine.store import open_store
-from tests.cli.conftest import Ran
+from tests.cli.conftest import Ran, save_photos
 from tests.engine.test_store import tree
 
 Run = Callable[..., Ran]
@@ -22,12 +21,7 @@ Run = Callable[..., Ran]
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(8):
-        Image.fromarray(rng.integers(0, 256, (90, 120, 3), dtype=np.uint8)).save(folder / f"{i}.jpg")
-    return folder
+    return save_photos(tmp_path / "photos", 8)
 
 
 def test_with_nothing_given_it_dumps_the_builtin_pairs(
@@ -129,10 +123,7 @@ def test_a_full_disk_is_an_error_and_the_run_continues_on_a_larger_one(
 def test_a_run_that_is_killed_is_continued_to_the_same_bytes(
     run: Run, tmp_path: Path, sent: signal.Signals
 ) -> None:
-    rng = np.random.default_rng(0)
-    (tmp_path / "many").mkdir()
-    for i in range(120):
-        Image.fromarray(rng.integers(0, 256, (90, 120, 3), dtype=np.uint8)).save(tmp_path / f"many/{i}.jpg")
+    save_photos(tmp_path / "many", 120)
     command = ["dump", tmp_path / "many", "--prompt", "what?", "--shard-samples", 2, "--batch-size", 2]
     command += ["--torch-threads", 1]  # which the store records, and this process may have changed
     process = subprocess.Popen(

@@ -10,12 +10,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from mmextract.engine.store import open_store
-from tests.cli.conftest import Ran
+from tests.cli.conftest import Ran, save_photos
 from tests.engine.test_store import tree
 from tests.faults.s3_proxy import Plan, faulty
 from tests.probes.stores import make_paired_store
@@ -26,12 +24,7 @@ Run = Callable[..., Ran]
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        Image.fromarray(rng.integers(0, 256, (90, 120, 3), dtype=np.uint8)).save(folder / f"{i}.jpg")
-    return folder
+    return save_photos(tmp_path / "photos", 40)
 
 
 def test_a_dump_to_a_bucket_is_killed_and_continued_to_the_bytes_of_a_local_one(

@@ -4,23 +4,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from tests.cli.conftest import Ran
+from tests.cli.conftest import Ran, save_photos
 
 Run = Callable[..., Ran]
 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(6):
-        Image.fromarray(rng.integers(0, 256, (200, 300, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    return folder
+    return save_photos(tmp_path / "photos", 6, size=(200, 300), suffix="png")
 
 
 @pytest.fixture
