@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmextract.probes.batches import LIVE_LOGITS, RowSet, find_moments, solve_in_batches
+from mmextract.probes.batches import LIVE_LOGITS, OrthogonalFeatures, RowSet, find_moments, solve_in_batches
 from mmextract.probes.newton import Optimum
 from mmextract.probes.solvers import FloatArray, IntArray, Job, Solution
 
@@ -47,7 +47,7 @@ class PrimalSolver:
         )
 
 
-class _Coordinates:
+class _Coordinates(OrthogonalFeatures):
     """`batches.Features` of more samples than features."""
 
     def __init__(self, states: Tensor, batch: Sequence[RowSet]) -> None:
