@@ -173,8 +173,7 @@ def _solve_batch(
 def find_moments(states: Tensor, rows: Tensor, scale: bool) -> tuple[Tensor, Tensor]:
     """Return the mean [D] of states[rows] and, if they are to be scaled, their standard deviation [D], else ones.
 
-    A feature that is constant up to rounding has scale 1. The bound is scikit-learn's, and that of Chan, Golub
-    & LeVeque 1983 (doi 10.1080/00031305.1983.10483115).
+    See `find_scale`.
     """
     n, zero = len(rows), states.new_zeros(states.shape[1])
     parts = rows.split(max(1, CACHED[states.device.type] // states.shape[1]))
@@ -182,9 +181,17 @@ def find_moments(states: Tensor, rows: Tensor, scale: bool) -> tuple[Tensor, Ten
     if not scale:
         return mean, torch.ones_like(mean)
     variance = sum((states[part].sub_(mean).square_().sum(0) for part in parts), zero) / n
-    epsilon = torch.finfo(states.dtype).eps
-    constant = variance <= n * epsilon * variance + (n * mean * epsilon) ** 2
-    return mean, torch.where(constant, 1.0, variance.sqrt())
+    return mean, find_scale(mean, variance, n)
+
+
+def find_scale(mean: Tensor, variance: Tensor, n_rows: Tensor | float) -> Tensor:
+    """Return the standard deviation, or 1 of a feature that is constant up to rounding.
+
+    The bound is scikit-learn's, and that of Chan, Golub & LeVeque 1983 (doi 10.1080/00031305.1983.10483115).
+    """
+    epsilon = torch.finfo(mean.dtype).eps
+    constant = variance <= n_rows * epsilon * variance + (n_rows * mean * epsilon) ** 2
+    return torch.where(constant, 1.0, variance.sqrt())
 
 
 def _label(jobs: Sequence[Job], batch: Sequence[RowSet], features: Features) -> tuple[Tensor, Tensor]:

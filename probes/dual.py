@@ -153,8 +153,8 @@ class _Coordinates(OrthogonalFeatures):
     def adjoint(self, errors: Tensor) -> Tensor:
         return errors.matmul(self.features)
 
-    def dense(self, at: int) -> Tensor:
-        return self.features[at]
+    def second(self, at: int, weights: Tensor) -> Tensor:
+        return self.features[at].T @ (self.features[at] * weights[:, None])
 
     def forward(self, w: Tensor) -> Tensor:
         out = w.new_zeros(*w.shape[:2], self.n_places)
