@@ -6,12 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from distributed import Client, LocalCluster
+from sklearn.preprocessing import StandardScaler
 
 from mmextract.engine.store import open_store
 from mmextract.probes import blocks
 from mmextract.probes.blocks import StoredStates
+from mmextract.probes.cuml_solver import ClusterCumlSolver, measure_features, stored_residual
 from mmextract.probes.primal import PrimalSolver, decide_stored
-from mmextract.probes.solvers import Job
+from mmextract.probes.solvers import Job, kkt_residual
 from tests.probes.stores import make_store, paired_columns
 
 ROWS = np.r_[0:50, 53:90, 97:200]
@@ -64,3 +68,28 @@ def test_the_optimum_is_that_of_states_in_memory(stored: StoredStates, n_classes
 def test_states_that_are_not_finite_are_refused(path: Path) -> None:
     with pytest.raises(ValueError, match="layer 0, position last: some states are NaN"):
         list(StoredStates(open_store(path), 0, "last", np.arange(200)))
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_the_residual_over_blocks_is_that_of_states_in_memory(stored: StoredStates, n_classes: int) -> None:
+    x = np.concatenate([x.numpy() for _, x in stored])
+    y = np.random.default_rng(1).permutation(np.arange(len(x)) % n_classes)
+    center, scale = measure_features(stored, True)
+    scaler = StandardScaler().fit(x)
+    np.testing.assert_allclose(center, scaler.mean_, atol=1e-14)
+    np.testing.assert_allclose(scale, scaler.scale_)
+    outputs = 1 if n_classes == 2 else n_classes
+    w, b = np.random.default_rng(2).normal(size=(9, outputs)), np.ones(outputs)
+    want = kkt_residual(scaler.transform(x), y, 0.3, w, b)
+    job = Job(rows=np.arange(len(x)), y=y, penalties=(0.3,))
+    assert stored_residual(stored, job, 0.3, w, b, center, scale) == pytest.approx(want)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_cluster_without_gpus_is_refused_by_cuml() -> None:
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+        pytest.raises(ValueError, match=r"needs a GPU for each worker.*dask cuda worker"),
+    ):
+        ClusterCumlSolver(client)
