@@ -25,6 +25,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from states import sentence_states
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from harness import alternate, save, show
@@ -34,7 +35,6 @@ from mmextract.probes.primal import PrimalSolver
 from mmextract.probes.settings import ProbeSettings
 from mmextract.probes.solvers import FloatArray, IntArray, Job, SklearnSolver, Solution, Solver, kkt_residual
 from probe_store import measure_memory, probe_layers, solve_stored, write_store
-from states import sentence_states
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 FOLDS = 5

@@ -50,10 +50,10 @@ def noise_store(path: Path, n_images: int, hidden_size: int) -> Path:
 @pytest.mark.parametrize(
     ("n_images", "hidden_size", "changes"),
     [
-        pytest.param(700, 3000, {}, id="dual"),
-        pytest.param(400, 3000, {"label": "third", "group": "image"}, id="dual, three classes"),
-        pytest.param(15_000, 200, {}, id="primal"),
-        pytest.param(400, 3000, {"solver": "sklearn"}, id="sklearn"),
+        pytest.param(500, 3000, {}, id="dual"),
+        pytest.param(300, 3000, {"label": "third", "group": "image"}, id="dual, three classes"),
+        pytest.param(8_000, 200, {}, id="primal"),
+        pytest.param(250, 3000, {"solver": "sklearn"}, id="sklearn"),
     ],
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
@@ -75,7 +75,7 @@ def test_a_worker_takes_no_more_memory_than_predicted_and_at_least_half_of_it(
     base, peak, predicted, predicted_task = json.loads(done.stdout)
     assert peak <= predicted <= 2 * peak
     assert base <= planning.BASE_BYTES
-    assert peak - base <= predicted_task <= 3 * (peak - base)
+    assert peak - base <= predicted_task <= 4 * (peak - base)
 
 
 def test_rounds_are_what_a_run_fits(store: Path) -> None:
