@@ -181,7 +181,8 @@ def run_store_parts(arguments: argparse.Namespace, flops: float) -> dict[str, An
         store = write_store(
             Path(folder) / "a.zarr", arguments.samples, arguments.layers, arguments.layer_features, STEEP
         )
-        tall = write_store(Path(folder) / "b.zarr", *arguments.stored, STEEP)
+        n, n_layers, d = arguments.stored
+        tall = write_store(Path(folder) / "b.zarr", n, n_layers, d, STEEP)
         settings = ProbeSettings(penalties=PENALTIES, repeats=1)
         return {
             "memory": measure_memory(store, settings),

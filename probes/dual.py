@@ -43,8 +43,12 @@ MOST_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 29}
 """Elements of states, coordinates and logits of the training sets that are solved side by side: what a cache
 holds, or a GPU."""
 
-FEW_LABELS = 8
-"""Binary label vectors of a training set up to which `cholesky` is the faster one on a processor."""
+FEW_LABELS = 3
+"""Binary label vectors of a training set up to which `cholesky` is the faster one on a processor.
+
+Processor ms a fit on one core, 400 samples × 1500 features, five C: of 1, 4, 8, 16 labels 12, 10, 8.4, 7.8 with
+`cholesky`, 24, 9.1, 4.6, 2.8 with eigenvectors (`benchmarks/bench_probe.py`).
+"""
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,8 @@ class DualSolver:
         def size(row_set: RowSet) -> int:
             if self._is_direct(row_set):
                 return most  # one training set at a time
-            n_rows = len(row_set.rows)
-            return n_rows * (n_rows + x.shape[1] + LIVE_LOGITS * row_set.n_columns)
+            n_rows, n_features = len(row_set.rows), int(x.shape[1])
+            return n_rows * (n_rows + n_features + LIVE_LOGITS * row_set.n_columns)
 
         return solve_in_batches(jobs, prepare, size, most, f"dual {states.device.type}")
 

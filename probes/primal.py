@@ -109,7 +109,8 @@ class _Coordinates(OrthogonalFeatures):
             z = torch.cat([(x - self.center[at]) / self.scale[at], torch.ones_like(x[:, :1])], 1)
             total += z.T @ (z * weights[rows, None])
         rotation = torch.block_diag(self.vectors[at], torch.ones_like(total[:1, :1]))
-        return rotation.T @ total @ rotation
+        rotated: Tensor = rotation.T @ total @ rotation
+        return rotated
 
     def forward(self, w: Tensor) -> Tensor:
         coefficients = w / self.scale[:, None]
