@@ -52,7 +52,7 @@ def noise_store(path: Path, n_images: int, hidden_size: int) -> Path:
     [
         pytest.param(500, 3000, {}, id="dual"),
         pytest.param(300, 3000, {"label": "third", "group": "image"}, id="dual, three classes"),
-        pytest.param(8_000, 200, {}, id="primal"),
+        pytest.param(4_000, 200, {}, id="primal"),
         pytest.param(250, 3000, {"solver": "sklearn"}, id="sklearn"),
     ],
 )
