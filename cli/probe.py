@@ -85,6 +85,9 @@ _MOST_COLUMNS = 8
     help="Folder.",
 )
 @click.option("--json", is_flag=True, help="Print the result as JSON on stdout.")
+@click.option(
+    "--dry-run", is_flag=True, help="Say what would be done, and what time and memory it would take."
+)
 @click.pass_context
 def probe(
     context: click.RichContext, /, store: str, layers: str, output: Path, workers: int, **options: Any
@@ -94,12 +97,13 @@ def probe(
     Writes probe.json, probe.csv, probe.parquet, scores.parquet, curves.png, curves.svg and report.html.
     """
     from mmextract.probes.outputs import make_record, write_outputs
-    from mmextract.probes.run import plan_probe, run_probe
+    from mmextract.probes.planning import describe
+    from mmextract.probes.run import plan_probe, predict_seconds, run_probe
     from mmextract.probes.settings import ProbeSettings
     from mmextract.probes.summary import Summary
 
     _refuse_fixed(context, options["preset"])
-    as_json = options.pop("json")
+    as_json, dry_run = options.pop("json"), options.pop("dry_run")
     scheduler, scheduler_file = options.pop("scheduler"), options.pop("scheduler_file")
     positions, penalties = options.pop("position") or None, options.pop("c")
     settings = ProbeSettings(
@@ -107,6 +111,9 @@ def probe(
     )
     plan = plan_probe(store, settings)
     _announce(plan.design.notes, plan.design.warnings)
+    if dry_run:
+        click.echo(describe(plan, workers, predict_seconds(plan)))
+        return
     on_cluster = scheduler or scheduler_file
     with (
         connect(scheduler, scheduler_file) if on_cluster else nullcontext() as client,

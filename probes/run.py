@@ -27,6 +27,7 @@ from mmextract.probes.design import Design, make_design
 from mmextract.probes.evaluation import TaskScores, evaluate
 from mmextract.probes.metrics import FloatArray
 from mmextract.probes.paper import LARGEST_CLASS, evaluate_paper, make_paper_task
+from mmextract.probes.planning import check_cluster, choose_workers
 from mmextract.probes.settings import UNGROUPED, ProbeSettings
 from mmextract.probes.tasks import Task, make_tasks
 
@@ -126,14 +127,15 @@ def run_probe(
 ) -> Scores:
     """Score every layer and position, each in a Dask task that reads nothing but its own states.
 
-    workers: tasks at a time, 0 for one a core. scheduler: a name that Dask knows, such as `threads` or
-    `processes`; None chooses (see `choose_scheduler`). client: of a cluster, whose workers see the store by its path
-    and take the tasks, whatever `workers` and `scheduler` say. on_progress is called with the number of tasks done
+    workers: tasks at a time, 0 for one a core as far as memory suffices. scheduler: a name that Dask knows,
+    such as `threads` or `processes`; None chooses (see `choose_scheduler`). client: of a cluster, whose workers
+    see the store by its path and take the tasks, whatever `workers` and `scheduler` say. on_progress is called
+    with the number of tasks done
     since its last call. Raises ValueError for states that are not finite, saying where; OSError if the cluster is lost.
     """
     if client is not None:
         return _run_on_cluster(plan, client, on_progress)
-    workers = min(workers or _cores(), len(plan.cells))
+    workers = choose_workers(plan, workers, _cores())
     score = delayed(score_cell, pure=False)
     # the plan has no lazy parts, and looking for them in every sample takes longer than a probe
     shared = delayed(plan, pure=False, traverse=False)
@@ -162,6 +164,7 @@ def _run_on_cluster(plan: ProbePlan, client: Client, on_progress: Callable[[int]
     """Score each layer and position in a task; the plan goes to each worker once."""
     from distributed import as_completed
 
+    check_cluster(plan, client)
     if "://" not in str(plan.store):
         plan = replace(plan, store=Path(plan.store).absolute())
     shared = client.scatter(plan, broadcast=True, hash=False)
