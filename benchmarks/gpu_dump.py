@@ -7,6 +7,7 @@ preprocessing, forward pass with capture, staging. Decoding, compression and the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ from mmextract.engine.staging import Staging
 QUESTION = "What is written on the sign, and who took this photograph of it at the station last week?"
 POSITIONS = {"pooled": ("last", "image"), "all tokens": ("all",)}
 GOALS = {"pooled": 1.03, "all tokens": 1.10}
+N_SLOTS = 3
+"""Buffers of the ring."""
 BATCH_SIZES: tuple[Size, ...] = ((480, 640), (768, 1024), (640, 427), (1080, 1920))
 """One size a batch, as only samples of equally many tokens share one."""
 
@@ -78,6 +81,7 @@ def _measure(bench: Bench, kind: Kind, adapter: Adapter) -> Iterator[Figure]:
         yield Figure(
             name=f"{title}: peak memory beyond the forward's", value=(peak - forward_peak) / 1e6, unit="MB"
         )
+        yield Figure(name=f"{title}: capture buffers beside it", value=sink.ring_bytes / 1e6, unit="MB")
     yield Figure(name=f"{model}: bare forward", value=n_images / found["forward"], unit="images/s")
 
 
@@ -125,12 +129,16 @@ class Sink:
         self._capture = Capture(adapter, range(adapter.n_layers), names)
         row = (adapter.n_layers, max(self._n_positions), adapter.hidden_size)
         shape = (max(len(work.encoded) for work in works), *row)
-        self._staging = Staging[int](self._drop, shape=shape, dtype=adapter.dtype, device=bench.device)
+        self._staging = Staging[int](
+            self._drop, shape=shape, dtype=adapter.dtype, device=bench.device, n_slots=N_SLOTS
+        )
         self._side: Any = None if bench.smoke else torch.cuda.Stream()
         self.n_bytes = sum(
             len(work.encoded) * row[0] * row[1] * row[2] * adapter.dtype.itemsize for work in works
         )
         """What one `run` copies to the host."""
+        self.ring_bytes = N_SLOTS * math.prod(shape) * adapter.dtype.itemsize
+        """Device memory of the buffers that states are captured into."""
 
     def __enter__(self) -> Sink:
         self._staging.__enter__()

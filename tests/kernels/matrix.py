@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import PIL
@@ -97,8 +96,8 @@ def differing(cases: Sequence[Case], filter: Filter, mode: Mode) -> list[str]:
     levels = torch.arange(256, dtype=torch.float32).repeat(3, 1)
     fill = torch.tensor([-1.0, -2.0, -3.0])
     pictures = _pictures(cases)
-    arguments: Any = ([case.image for case in cases], [case.mask for case in cases], pictures)
-    got = preprocess(*arguments, filter, mode, levels, fill).numpy()
+    images, masks = [case.image for case in cases], [case.mask for case in cases]
+    got = preprocess(images, masks, pictures, filter, mode, levels, fill).numpy()
     wrong = []
     for case, values in zip(cases, got, strict=True):
         resized = by_library(by_pillows_compositing(case), case.resized, filter, mode)

@@ -234,6 +234,20 @@ def test_what_does_not_fit_is_refused_with_what_was_expected(interpreter: Interp
         Mark(offset=0, height=1, width=1, x=0, y=0, color=(0, 0, 0), opacity=256)
 
 
+def test_a_plan_does_not_depend_on_what_was_planned_before() -> None:
+    case = (
+        Case().add((50, 48), (8, 40), mask=(4, 4), at=(20, 10)).add((30, 20), (8, 9)).add((50, 48), (8, 40))
+    )
+    alone = plan(case.pictures, "bicubic", "pillow13")
+    plan(case.add((30, 20), (8, 9), mask=(3, 3)).pictures[::-1], "bicubic", "pillow13")
+    again = plan(case.pictures[:3], "bicubic", "pillow13")
+    assert torch.equal(alone.images, again.images) and torch.equal(alone.tables, again.tables)
+    for launches in ("first", "second"):
+        for old, new in zip(getattr(alone, launches), getattr(again, launches), strict=True):
+            assert (old.axis, old.variant) == (new.axis, new.variant) and torch.equal(old.tiles, new.tiles)
+    assert [launch.tiles[:, 0].unique().tolist() for launch in alone.first] == [[2], [0], [1]]
+
+
 def test_tap_classes_hold_their_taps_and_waste_little() -> None:
     for n_taps in range(1, 3000):
         assert n_taps <= tap_class(n_taps) <= max(n_taps, 1.25 * n_taps)
