@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import numpy as np
 import PIL
@@ -18,11 +19,19 @@ from torchvision.transforms.v2 import functional as torchvision
 
 from mmextract.kernels.ragged import Mark, Picture
 from mmextract.kernels.reference import Uint8Array, place
-from mmextract.kernels.resample import Filter, Mode
+from mmextract.kernels.resample import FILTERS, MODES, Filter, Mode
 from tests.kernels.interpreted import preprocess
 
 Size = tuple[int, int]
 INSTALLED: Mode = "pillow13" if int(PIL.__version__.split(".")[0]) >= 13 else "pillow12"
+HAS_LANCZOS = tuple(map(int, version("torchvision").split(".")[:2])) >= (0, 27)
+PAIRS: tuple[tuple[Filter, Mode], ...] = tuple(
+    (filter, mode)
+    for filter in FILTERS
+    for mode in MODES
+    if HAS_LANCZOS or (filter, mode) != ("lanczos", "torchvision")
+)
+"""Filters and modes that the installed libraries have."""
 WINDOW = 24
 """Side of every output in `random_cases`: what is less is padded, what is more is cut."""
 INK = (250, 3, 120)

@@ -7,18 +7,17 @@ from typing import Any
 
 import pytest
 
-from mmextract.kernels.resample import FILTERS, MODES, Filter, Mode
+from mmextract.kernels.resample import Filter, Mode
 from tests.kernels import matrix
 
 Interpreter = Callable[..., Any]
 N_SAMPLED = 4
 """Random cases of each filter and mode in every run of the tests."""
 N_SHARES, N_A_SHARE = 5, 40
-"""And in the full matrix: 12 × 200, in shares that processes can divide among them."""
+"""And in the full matrix: 200 of each, in shares that processes can divide among them."""
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("filter", FILTERS)
+@pytest.mark.parametrize(("filter", "mode"), matrix.PAIRS)
 def test_a_sample_of_random_resizes_equals_the_library(
     interpreter: Interpreter, filter: Filter, mode: Mode
 ) -> None:
@@ -31,8 +30,7 @@ def test_a_watermark_across_every_edge_of_a_photo_equals_pillow(interpreter: Int
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("share", range(N_SHARES))
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("filter", FILTERS)
+@pytest.mark.parametrize(("filter", "mode"), matrix.PAIRS)
 def test_every_random_resize_equals_the_library(
     interpreter: Interpreter, filter: Filter, mode: Mode, share: int
 ) -> None:
@@ -41,8 +39,7 @@ def test_every_random_resize_equals_the_library(
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("photo", matrix.PHOTOS)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("filter", FILTERS)
+@pytest.mark.parametrize(("filter", "mode"), matrix.PAIRS)
 def test_every_photo_equals_the_library(
     interpreter: Interpreter, filter: Filter, mode: Mode, photo: str
 ) -> None:
