@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -81,3 +82,24 @@ def test_bench_probe_compares_solvers_at_equal_residuals(tmp_path: Path) -> None
     assert results["layers"]["layers"] == 2 and results["layers"]["fits a layer"] == 2 * 5 * (3 * 5 + 1)
     assert 0.5 < results["memory"]["peak ÷ predicted"] <= 1
     assert results["stored"]["largest residual"] <= 1e-8 and results["stored"]["passes"] > 2
+
+
+@pytest.mark.timeout(300)
+def test_the_gpu_benchmark_runs_in_all_its_sections_without_a_gpu(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--smoke", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("CPU, timings mean nothing\n")
+    results = json.loads((tmp_path / "gpu.json").read_text())["results"]
+    assert results["smoke"] and list(results["sections"]) == ["exact", "ceilings", "images", "states", "dump"]
+    judged = [figure for section in results["sections"].values() for figure in section if figure["verdict"]]
+    assert len(judged) == 4 and all(figure["verdict"] == "ok" and figure["value"] == 0 for figure in judged)
+
+
+def test_the_gpu_benchmark_says_at_once_that_it_needs_a_device(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--out", str(tmp_path)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 1 and "torch finds none here" in done.stderr
+    assert "Traceback" not in done.stderr and not any(tmp_path.iterdir())
