@@ -1,9 +1,9 @@
 """Wait for requests to servers so that the wait ends when this process is asked to leave.
 
-A library that waits outside of Python keeps signals from being heard until it returns, which may be minutes. Here a
-request runs on an event loop, in a thread of its own, and who made it waits in Python: a signal is heard at once, and the
-request is cancelled. Other threads hear no signals; for them `leave_within` sets a moment after which every request
-ends, so that they can be joined.
+A library that waits outside of Python keeps signals from being heard until it returns, which may be minutes. Here
+a request runs on an event loop, in a thread of its own, and who made it waits in Python: a signal is heard at once, and
+the request is cancelled. Other threads hear no signals; for them `leave_within` sets a moment after which every
+request ends, so that they can be joined.
 
 This module knows nothing about what is requested, nor about signals.
 """
@@ -76,7 +76,9 @@ class Requests:
             if self._loop is None:
                 loop = asyncio.new_event_loop()
                 threading.Thread(target=loop.run_forever, name="mmextract-requests", daemon=True).start()
-                loop.call_soon_threadsafe(self._plan_to_leave)  # if that was asked for before there was a loop
+                loop.call_soon_threadsafe(
+                    self._plan_to_leave
+                )  # if that was asked for before there was a loop
                 self._loop = loop
             return self._loop
 

@@ -17,8 +17,8 @@ for an answer 5xx, 429 or 408, a connection that is refused or broken, and a req
 AWS_TIMEOUT (60 s); waits double from 0.1 s to at most 10 s. What it does not dare to repeat, because it
 might have had an effect, and answers that break off are tried up to ATTEMPTS times within RETRY_SECONDS: all that is
 done here may be done twice. So no request takes longer than 2 × RETRY_SECONDS + AWS_TIMEOUT, 5 minutes, and a server
-that is down is told of within that. 403, 404 and 412 fail at once. All of it ends early when the process is asked to leave
-(see `interruptible`).
+that is down is told of within that. 403, 404 and 412 fail at once. All of it ends early when the process is asked to
+leave (see `interruptible`).
 
 This module knows nothing about arrays or shards.
 """
@@ -29,7 +29,16 @@ import ipaddress
 import os
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence, Set
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterator,
+    Mapping,
+    Sequence,
+    Set,
+)
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property

@@ -102,7 +102,9 @@ def test_nothing_is_withdrawn_from_a_store_that_a_run_is_writing(run: Run, store
         looked = run("verify", store, "--read-only")
     record = json.loads(ran.out)
     assert ran.code == 1 and record["bad_shards"] == [1] and not record["withdrawn"]
-    assert f"nothing was withdrawn: {store} is being written by another run: process {os.getpid()} on" in ran.err
+    assert (
+        f"nothing was withdrawn: {store} is being written by another run: process {os.getpid()} on" in ran.err
+    )
     assert looked.code == 1 and "is being written" not in looked.err
     assert "This is withdrawn" in run("verify", store).out
     assert not list((store / "shard_digest").glob("lease*"))
