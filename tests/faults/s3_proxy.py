@@ -99,6 +99,7 @@ class Proxy:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or every answer waits 40 ms between its head and its body
     server: _Server
 
     def _handle(self) -> None:
