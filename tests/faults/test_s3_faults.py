@@ -20,7 +20,7 @@ import pytest
 
 from tests.faults import s3_cases
 from tests.faults.outcomes import record, skip_if_passed
-from tests.faults.s3_cases import SEED, TIMEOUT, Found, drive_persistent, drive_until
+from tests.faults.s3_cases import SEED, Found, drive_persistent, drive_until
 from tests.faults.s3_proxy import KINDS, Proxy, faulty
 from tests.s3_server import Bucket
 
@@ -32,7 +32,7 @@ N_PARTS = 8
 def proxy(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     with faulty(bucket.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        monkeypatch.setenv("AWS_TIMEOUT", TIMEOUT)
+        monkeypatch.setenv("AWS_TIMEOUT", "")  # which the cases set, and is to be put back
         yield proxy
 
 
@@ -66,9 +66,10 @@ def run_row(n_requests: int, folder: Path) -> dict[str, Any]:
         place = folder / str(part)
         place.mkdir()
         command = [sys.executable, s3_cases.__file__, str(part), str(N_PARTS), str(n_requests), str(place)]
-        parts.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        with (place / "stderr").open("w") as errors:  # the server tells of requests that were broken off
+            parts.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True))
     outputs = [part.communicate()[0] for part in parts]
-    assert [part.returncode for part in parts] == [0] * N_PARTS
+    assert [part.returncode for part in parts] == [0] * N_PARTS, f"see {folder}/*/stderr"
     found = _add([json.loads(output) for output in outputs])
     losses = found.pop("losses")
     outcome = {"losses": len(losses), "reproduce": losses, "seed": SEED, **found}
