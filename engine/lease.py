@@ -134,6 +134,14 @@ class Lease:
                 "one store; run the same command again to continue"
             )
 
+    def confirm(self) -> None:
+        """Do as `check` does, and look at the store: a run that slept, or whose disk is gone, commits nothing more."""
+        if not self._lost and not is_held(self.objects, self.owner):
+            self._lost = (
+                "its lease is not there any more (was the store moved or removed, or is its disk gone?)"
+            )
+        self.check()
+
     def _acquire(self) -> str:
         for _ in range(ATTEMPTS):
             chain = _chain(self.objects)

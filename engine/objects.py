@@ -305,7 +305,10 @@ def make_folders(folder: Path) -> None:
         _flush_entry(folder)
         return
     make_folders(folder.parent)
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except FileExistsError as error:  # it is there, and no folder
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from error
     flush_folder(folder.parent)
 
 

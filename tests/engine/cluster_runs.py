@@ -57,20 +57,33 @@ def dump_here(spec: DumpSpec, store: Path) -> DumpSummary:
 
 @contextmanager
 def local_cluster(n_workers: int, **settings: Any) -> Iterator[Client]:
-    """Start a scheduler in this process and workers in processes of their own."""
+    """Start a scheduler in this process and workers in processes of their own.
+
+    dask leaves OMP_NUM_THREADS=1 in the environment of the process that starts workers; other processes that a test
+    starts are not to compute otherwise for it.
+    """
+    before = dict(os.environ)
     chosen: dict[str, Any] = {
         "threads_per_worker": 1,
         "memory_limit": None,
         "silence_logs": "CRITICAL",
         **settings,
     }
-    with (
-        LocalCluster(
-            n_workers=n_workers, processes=True, host="127.0.0.1", dashboard_address="127.0.0.1:0", **chosen
-        ) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
-        yield client
+    try:
+        with (
+            LocalCluster(
+                n_workers=n_workers,
+                processes=True,
+                host="127.0.0.1",
+                dashboard_address="127.0.0.1:0",
+                **chosen,
+            ) as cluster,
+            Client(cluster, set_as_default=False) as client,
+        ):
+            yield client
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def worker_pids(client: Client) -> dict[str, int]:
