@@ -23,6 +23,9 @@ from mmextract.engine.models import ModelSpec, load
 from mmextract.engine.samples import read_samples
 
 
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
 def write_data(folder: Path, n_samples: int) -> Path:
     """Write questions of three lengths, one of which is too long for the model, as JSON Lines."""
     file = folder / "questions.jsonl"
@@ -62,7 +65,7 @@ def local_cluster(n_workers: int, **settings: Any) -> Iterator[Client]:
     dask leaves OMP_NUM_THREADS=1 in the environment of the process that starts workers; other processes that a test
     starts are not to compute otherwise for it.
     """
-    before = dict(os.environ)
+    before = {name: os.environ.get(name) for name in THREADS}
     chosen: dict[str, Any] = {
         "threads_per_worker": 1,
         "memory_limit": None,
@@ -82,8 +85,10 @@ def local_cluster(n_workers: int, **settings: Any) -> Iterator[Client]:
         ):
             yield client
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def worker_pids(client: Client) -> dict[str, int]:
