@@ -48,14 +48,16 @@ def alternate(
     repeats: int,
     warm_up: bool = True,
     clock: Callable[[], float] = time.perf_counter,
+    before: Callable[[str], object] = lambda name: None,
 ) -> dict[str, Timing]:
     """Time each piece of work `repeats` times, in turn, after one unmeasured round if it is to warm up.
 
-    In turn, so that a machine that slows down slows all of them.
+    In turn, so that a machine that slows down slows all of them. `before` is called with its name, and not timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for number in range(-1 if warm_up else 0, repeats):
         for name, run in work.items():
+            before(name)
             started = clock()
             run()
             if number >= 0:

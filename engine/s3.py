@@ -54,8 +54,8 @@ from zarr.core.buffer import Buffer as ZarrBuffer
 from zarr.core.buffer import BufferPrototype
 from zarr.storage import ObjectStore
 
+from mmextract.engine.files import Buffer
 from mmextract.engine.interruptible import REQUESTS, LeavingError
-from mmextract.engine.objects import Buffer
 from mmextract.engine.s3_errors import Failure
 
 if TYPE_CHECKING:
@@ -166,6 +166,11 @@ class S3Objects:
             )
 
         self._do("write", key, request)
+
+    def put_all(self, objects: Mapping[str, Sequence[Buffer]]) -> None:
+        """Write several objects, one after the other."""
+        for key, parts in objects.items():
+            self.put(key, parts)
 
     def get(self, key: str) -> bytes | None:
         """Return the bytes under `key`, or None if S3 says that there is no such object."""

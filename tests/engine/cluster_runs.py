@@ -22,7 +22,6 @@ from mmextract.engine.dump import DumpPlan, DumpSpec, DumpSummary, plan_dump, ru
 from mmextract.engine.models import ModelSpec, load
 from mmextract.engine.samples import read_samples
 
-
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
