@@ -17,6 +17,7 @@ from mmextract.cli.clusters import connect, scheduler_options
 from mmextract.cli.reporting import note, printable, progress_bar
 
 if TYPE_CHECKING:
+    from mmextract.probes.description import DescriptionSettings
     from mmextract.probes.summary import Summary
 
 _FIXED_BY_PAPER = ("group", "folds", "repeats", "seed", "c", "solver")
@@ -69,6 +70,24 @@ _MOST_COLUMNS = 8
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Decides folds and shuffles."
 )
 @click.option(
+    "--separability/--no-separability",
+    default=True,
+    help="Measure how far classes stand apart without a probe, too.  [default: yes]",
+)
+@click.option(
+    "--projections",
+    default="pca,tsne@best",
+    show_default=True,
+    help="pca, tsne, umap, or several; @best: of the best layer and position alone; none.",
+)
+@click.option(
+    "--projection-device",
+    type=click.Choice(("cpu", "cuda")),
+    default="cpu",
+    show_default=True,
+    help="Where projections are made; cuda takes cuML.",
+)
+@click.option(
     "--workers",
     type=click.IntRange(min=0),
     default=0,
@@ -91,8 +110,9 @@ def probe(
 ) -> None:
     """Probe each layer and position of STORE: how well do its hidden states tell the values of a label apart?
 
-    Writes probe.json, probe.csv, probe.parquet, scores.parquet, curves.png, curves.svg and report.html.
+    Writes probe.json, probe.csv, probe.parquet, scores.parquet, separability and projections, figures and report.html.
     """
+    from mmextract.probes.description import describe
     from mmextract.probes.outputs import make_record, write_outputs
     from mmextract.probes.run import plan_probe, run_probe
     from mmextract.probes.settings import ProbeSettings
@@ -102,6 +122,7 @@ def probe(
     as_json = options.pop("json")
     scheduler, scheduler_file = options.pop("scheduler"), options.pop("scheduler_file")
     positions, penalties = options.pop("position") or None, options.pop("c")
+    wished = _read_description(options)
     settings = ProbeSettings(
         layers=_read_layers(store, layers), positions=positions, penalties=penalties, **options
     )
@@ -113,10 +134,21 @@ def probe(
         progress_bar("probe", len(plan.cells), "probes") as advance,
     ):
         summary = Summary(plan, run_probe(plan, workers=workers, client=client, on_progress=advance))
+        description = describe(plan, wished, (summary.best.layer, summary.best.position), client=client)
     _announce((), summary.anomalies)
-    record = make_record(summary, shlex.join(["mmextract", *sys.argv[1:]]))
-    files = write_outputs(summary, record, output)
+    record = make_record(summary, shlex.join(["mmextract", *sys.argv[1:]]), description)
+    files = write_outputs(summary, record, output, description)
     click.echo(json.dumps(_select(summary, record, files)) if as_json else _text(summary, output))
+
+
+def _read_description(options: dict[str, Any]) -> DescriptionSettings:
+    """Take the options that say what is described beside the probes, and check that it can be."""
+    from mmextract.probes.description import DescriptionSettings
+    from mmextract.probes.projections import check_wishes, parse_wishes
+
+    wishes, device = parse_wishes(options.pop("projections")), options.pop("projection_device")
+    check_wishes(wishes, device)
+    return DescriptionSettings(separability=options.pop("separability"), projections=wishes, device=device)
 
 
 def _refuse_fixed(context: click.Context, preset: str) -> None:

@@ -75,7 +75,7 @@ def check_wishes(wishes: Sequence[Wish], device: str) -> None:
         _require_gpu()
         _load("cuml.manifold", "cuML", "mmextract[gpu]")
     elif any(wish.method == "umap" for wish in wishes):
-        _load("umap", "UMAP", "umap-learn")
+        _load("umap", "UMAP", "mmextract[umap]")
 
 
 def project(x: FloatArray, method: str, *, device: str = "cpu") -> Projection:
@@ -105,7 +105,7 @@ def _project(x: FloatArray, method: str) -> Projection:
     if method == "tsne":
         model = TSNE(2, init="pca", random_state=SEED, perplexity=_perplexity(len(x)))
     else:
-        model = _load("umap", "UMAP", "umap-learn").UMAP(
+        model = _load("umap", "UMAP", "mmextract[umap]").UMAP(
             n_neighbors=_neighbours(len(x)), random_state=SEED, n_jobs=1
         )
     return Projection(np.asarray(model.fit_transform(components), np.float32))
