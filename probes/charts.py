@@ -86,7 +86,12 @@ def _separability_group(results: Results) -> Spec:
 
 def _option(name: str, panels: list[Panel], results: Results) -> Spec:
     legend = [
-        {"name": line.name, "colour": line.colour, "dash": line.dash, "bands": [b.name for b in line.bands]}
+        {
+            "name": line.name,
+            "colour": line.colour,
+            "dash": line.dash,
+            "bands": [{"name": band.name, "alpha": band.alpha} for band in line.bands],
+        }
         for line in legend_of(panels).values()
     ]
     return {
@@ -113,8 +118,7 @@ def _panel(panel: Panel, results: Results) -> Spec:
             "range": limits.tolist(),
             "type": "log" if panel.logarithmic else "linear",
             "gridcolor": "@line",
-            # powers of ten alone leave a narrow range without a tick
-            **({"dtick": "D1"} if panel.logarithmic and np.ptp(limits) < 2 else {}),
+            **({"dtick": 1, "exponentformat": "power"} if panel.logarithmic else {}),
         },
         hovermode="x unified",
     )
@@ -148,7 +152,7 @@ def _traces(line: Line, names: Sequence[str]) -> list[Spec]:
         "name": _text(line.name),
         "line": {"color": colour, "width": 2.5 if line.bands else 1.4, "dash": line.dash},
         "marker": {
-            "color": [colour if mark else "@paper" for mark in found] if any(line.found) else colour,
+            "color": [colour if mark else "@paper" for mark in found] if line.found else colour,
             "symbol": line.marker or "circle",
             "size": 7 if line.bands else 5,
             "line": {"color": colour, "width": 1.5},
@@ -253,7 +257,7 @@ def _projections(results: Results) -> Spec | None:
         "layout": _layout(
             xaxis={"showgrid": False, "showticklabels": False, "title": {"text": ""}},
             yaxis={"showgrid": False, "showticklabels": False, "title": {"text": ""}, "scaleanchor": "x"},
-            height=460,
+            height=520,
             hovermode="closest",
             margin={"l": 36, "r": 8, "t": 8, "b": 36},
         ),

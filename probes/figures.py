@@ -14,6 +14,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from mmextract.probes.panels import (
     COLOURS,
@@ -51,6 +52,9 @@ DASHES = {
 
 def save(figure: Figure, kind: str) -> bytes:
     """Return a figure as one of FORMATS; the same figure gives the same bytes."""
+    if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once for all formats: it takes longer than the drawing
     out = io.BytesIO()
     # without dates, and with shapes in place of letters: no reader has to have the fonts
     metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": None}[kind]
@@ -93,7 +97,7 @@ def _draw_rows(rows: Sequence[tuple[str, list[Panel]]], results: Results) -> Fig
             ax.set_visible(False)
             continue
         _draw_panel(ax, panels[column], results.layers)
-        ax.set_title(_plain(panels[column].title), fontsize=10, color=INK)
+        ax.set_title(_plain(_shorten(panels[column].title, 40)), fontsize=10, color=INK)
         if column == 0:
             ax.set_ylabel(name, fontsize=10, color=INK)
         if row == n_rows - 1 or column >= len(grid[row + 1][1]):
@@ -148,7 +152,7 @@ def _draw_line(ax: Axes, line: Line, order: int) -> None:
         markerfacecolor=colour if not line.found else "white",
         linewidth=2 if strong else 1.2,
         color=colour,
-        label=_plain(line.name),
+        label=_plain(_shorten(line.name, 60)),
         zorder=3 + order,
     )
     found = np.flatnonzero(line.found)
@@ -180,7 +184,7 @@ def _add_legend(figure: Figure, axes: np.ndarray, panels: Sequence[Panel]) -> No
     for ax in axes.flat:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
-    lines = [_plain(name) for name in legend_of(panels)]
+    lines = [_plain(_shorten(name, 60)) for name in legend_of(panels)]
     names = [*(name for name in lines if name in found), *(name for name in found if name not in lines)]
     figure.legend(
         [found[name] for name in names],
@@ -252,7 +256,7 @@ def draw_projection(results: Results, method: str, position: str) -> Figure:
                 alpha=0.6,
                 linewidths=0,
                 rasterized=True,
-                label=_plain(name),
+                label=_plain(_shorten(name)),
             )
         ax.set_title("embed" if layer < 0 else f"layer {layer}", fontsize=10, color=INK)
         _frame(ax, results.shares(method, (layer, position)))
@@ -273,7 +277,7 @@ def draw_projection(results: Results, method: str, position: str) -> Figure:
         if handle is not None:
             handle.set_alpha(1.0)
     title = f"{METHODS[method]}, position {position}"
-    figure.suptitle(_plain(title), fontsize=11, color=INK)
+    figure.suptitle(_plain(_shorten(title, 60)), fontsize=11, color=INK)
     return figure
 
 
@@ -307,7 +311,7 @@ def draw_all(results: Results) -> dict[str, Figure]:
     }
     made = {name: draw(results) for name, draw in single.items()}
     figures = {name: figure for name, figure in made.items() if figure is not None}
-    for method, position in results.maps:
+    for method, position in results.figure_maps:
         figures[f"{method}-{position}"] = draw_projection(results, method, position)
     return figures
 
@@ -317,11 +321,11 @@ def _name_ticks(axis: Axis, names: list[str], most: int) -> None:
     axis.set_ticks(list(ticks), [names[tick] for tick in ticks])
 
 
-def _shorten(text: str) -> str:
-    return text if len(text) <= 24 else text[:22] + "…"
+def _shorten(text: str, most: int = 24) -> str:
+    return text if len(text) <= most else text[: most - 2] + "…"
 
 
 def _plain(text: str) -> str:
-    """Return text that matplotlib does not take for mathematics, nor hides from a legend, and that fits."""
-    text = _shorten(text).replace("$", r"\$")
+    """Return text that matplotlib does not take for mathematics, nor hides from a legend."""
+    text = text.replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text

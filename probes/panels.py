@@ -116,14 +116,13 @@ def _curve_lines(results: Results, metric: str, position: str) -> tuple[Line, ..
             name=name, colour=colour, y=y, marker=MARKERS.get(colour), dash=DASHES.get(colour, "solid")
         )
 
-    rows = [results.row("label", metric, (layer, position)) for layer in results.layers]
     probe = Line(
         name="probe",
         colour="probe",
         y=results.curve("label", metric, position),
         marker=MARKERS["probe"],
         bands=_bands(results, "label", metric, position),
-        found=tuple(bool(row) and metric == results.metric and results.is_found(row or {}) for row in rows),
+        found=_mark(results, "label", metric, position),
     )
     lines = [
         probe,
@@ -135,6 +134,14 @@ def _curve_lines(results: Results, metric: str, position: str) -> tuple[Line, ..
         line("majority", "chance: majority class", "chance"),
     ]
     return tuple(entry for entry in lines if entry)
+
+
+def _mark(results: Results, task: str, metric: str, position: str) -> tuple[bool, ...]:
+    """Return where a curve stands out [L]; nothing for a metric that does not decide, or has no intervals."""
+    rows = [results.row(task, metric, (layer, position)) for layer in results.layers]
+    if metric != results.metric or results.is_paper:
+        return ()
+    return tuple(row is not None and results.is_found(row) for row in rows)
 
 
 def _embed_line(probe: Line, layers: Sequence[int]) -> Line | None:
@@ -164,16 +171,13 @@ def difference_panels(results: Results, metric: str) -> list[Panel]:
         y = results.curve("difference", metric, position)
         if np.isnan(y).all():
             continue
-        rows = [results.row("difference", metric, (layer, position)) for layer in results.layers]
         line = Line(
             name="this store less the other",
             colour="probe",
             y=y,
             marker=MARKERS["probe"],
             bands=_bands(results, "difference", metric, position),
-            found=tuple(
-                bool(row) and metric == results.metric and results.is_found(row or {}) for row in rows
-            ),
+            found=_mark(results, "difference", metric, position),
         )
         zero = Line(name="no difference", colour="chance", y=np.zeros(len(y)), dash=DASHES["chance"])
         panels.append((position, (line, zero)))
@@ -207,7 +211,7 @@ def separability_panels(results: Results) -> list[Panel]:
                     bands=tuple(bands),
                 )
             )
-        logarithmic = metric in LOG_METRICS and all(np.nanmin(line.y, initial=1.0) > 0 for line in lines)
+        logarithmic = metric in LOG_METRICS and _spans_decades(lines)
         panels.append(
             Panel(
                 title=METRIC_NAMES[metric],
@@ -218,6 +222,13 @@ def separability_panels(results: Results) -> list[Panel]:
             )
         )
     return panels
+
+
+def _spans_decades(lines: Sequence[Line]) -> bool:
+    """Tell whether values are positive and the largest is at least ten times the smallest."""
+    values = np.concatenate([line.y for line in lines])
+    values = values[np.isfinite(values)]
+    return bool(len(values) and values.min() > 0 and values.max() >= 10 * values.min())
 
 
 def _with_common_limits(
@@ -281,4 +292,7 @@ def name_layers(layers: Sequence[int]) -> list[str]:
 
 def legend_of(panels: Sequence[Panel]) -> Mapping[str, Line]:
     """Return the lines of a set of panels, each name once."""
-    return {line.name: line for panel in panels for line in panel.lines}
+    found: dict[str, Line] = {}
+    for line in (line for panel in panels for line in panel.lines):
+        found.setdefault(line.name, line)
+    return found

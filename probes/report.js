@@ -39,9 +39,7 @@
     if (narrow.matches) chosen.dragmode = false;
     return Plotly.react(element, resolve(data), chosen, {
       responsive: true,
-      displaylogo: false,
-      displayModeBar: narrow.matches ? false : "hover",
-      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d"],
+      displayModeBar: false,
     });
   }
 
@@ -71,7 +69,7 @@
       swatch(`stroke ${entry.dash}`, `@${entry.colour}`, entry.name);
     }
     const bands = entries.length ? entries.find((entry) => entry.bands.length) : null;
-    if (bands) bands.bands.forEach((name, at) => swatch("band", `@${bands.colour}:${at ? 0.4 : 0.2}`, name));
+    if (bands) bands.bands.forEach((band) => swatch("band", `@${bands.colour}:${2 * band.alpha}`, band.name));
   }
 
   function drawGroup(section, group) {
@@ -86,14 +84,16 @@
       grid.querySelectorAll(".chart").forEach((element) => Plotly.purge(element));
       grid.replaceChildren();
       grid.classList.toggle("single", option.panels.length === 1);
-      for (const panel of option.panels) {
+      const elements = option.panels.map((panel) => {
         const box = make("div", grid, { className: "panel" });
         make("h3", box, { textContent: panel.title });
         const element = make("div", box, { className: "chart" });
         element.setAttribute("role", "img");
         element.setAttribute("aria-label", `${option.name} ${panel.title}`);
-        plot(element, panel.data, panel.layout);
-      }
+        return element;
+      });
+      // only when all of them stand there is their width known
+      option.panels.forEach((panel, k) => plot(elements[k], panel.data, panel.layout));
     };
     choice(controls, group.label, group.options.map((option) => option.name), show);
     show(0);

@@ -74,10 +74,10 @@ def render(results: Results, figures: Mapping[str, bytes]) -> str:
         narrow_px=NARROW_PX,
         alt_text=f"{results.metric.upper()} of the probe by layer. {results.statement}",
         many=len(results.positions) > MOST_POSITIONS,
-        heads=PAPER_HEADS if results.is_paper else HEADS,
+        heads=_heads(results),
         tables={position: _table(results, position) for position in results.shown_positions},
         separability={m: SEPARABILITY.get(m, m) for m in results.separability_metrics},
-        projection_figures=_printed_projections(results),
+        projection_figures=[f"{method}-{position}" for method, position in results.figure_maps],
         made=_how_it_was_made(results),
         protocol=_protocol(results),
         controls=_what_is_controlled(results),
@@ -115,10 +115,10 @@ def _json_for_html(record: Mapping[str, Any]) -> Markup:
     return Markup(text.replace("<", r"\u003c").replace("\u2028", r"\u2028").replace("\u2029", r"\u2029"))
 
 
-def _printed_projections(results: Results) -> list[str]:
-    """Return the figures of projections that are printed: those of the best position, or of whichever there is."""
-    keys = [key for key in results.maps if key[1] == results.best[1]] or list(results.maps)[:1]
-    return [f"{method}-{position}" for method, position in keys]
+def _heads(results: Results) -> tuple[str, ...]:
+    if results.is_paper:
+        return PAPER_HEADS
+    return HEADS if results.n_permutations else tuple(head for head in HEADS if head != "p")
 
 
 def _table(results: Results, position: str) -> list[_Line]:
@@ -139,7 +139,7 @@ def _line(results: Results, cell: tuple[int, str]) -> _Line:
         _number(auroc, 3),
         _range(auroc, ""),
         _range(auroc, "simultaneous_"),
-        _p(auroc),
+        *([_p(auroc)] if results.n_permutations else []),
         _number(results.row("control", "auroc", cell), 3),
         f"{selectivity['value']:+.3f}".replace("-", "−") if selectivity else "",
         *(_number(results.row("label", m, cell), 3) for m in ("accuracy", "balanced_accuracy", "log_loss")),
@@ -226,10 +226,14 @@ def _protocol(results: Results) -> str:
     how = f"features scaled, and {inside}" if len(grid) > 1 else f"C fixed at {grid[0]}, features scaled"
     short = f"{fits['n_unconverged']:,} of them short of" if fits["n_unconverged"] else "all of them to"
     return (
-        f"L2 logistic probes; {settings['folds']}-fold cross-validation, {settings['repeats']} times, "
+        f"L2 logistic probes; {settings['folds']}-fold cross-validation, {_times(settings['repeats'])}, "
         f"stratified, groups kept together; {how} inside each training set. {fits['n']:,} probes were fitted, "
         f"{short} the optimum. Seed {settings['seed']}."
     )
+
+
+def _times(n: int) -> str:
+    return "once" if n == 1 else f"{n} times"
 
 
 def _is_paired_identity(results: Results) -> bool:

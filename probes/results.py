@@ -180,6 +180,12 @@ class Results:
             found.setdefault((method, position), {})[layer] = table
         return found
 
+    @property
+    def figure_maps(self) -> list[tuple[str, str]]:
+        """Methods and positions of which there are figures: the best position, or the first that was projected."""
+        keys = [key for key in self.maps if key[1] == self.best[1]]
+        return keys or list(self.maps)[:1]
+
     def shares(self, method: str, cell: Cell) -> tuple[float, float] | None:
         """Return the shares of the variance along the axes of a projection, if the method has any."""
         shares = (self.record.get("projections") or {}).get("shares", ())

@@ -99,7 +99,7 @@ class Browser:
             features=[{"name": "prefers-color-scheme", "value": scheme}],
         )
         self.call("Page.navigate", url=page.absolute().as_uri())
-        self.wait_for("document.documentElement.dataset.ready === 'yes'")
+        self.wait_for("document.documentElement?.dataset.ready === 'yes'")
 
     def wait_for(self, condition: str) -> None:
         """Wait until a JavaScript expression holds."""
