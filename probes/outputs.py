@@ -73,6 +73,7 @@ def write_outputs(
 
     Raises OSError if the folder cannot be written; then no file was replaced.
     """
+    folder.mkdir(parents=True, exist_ok=True)  # before the figures, which take seconds
     table = make_table(summary.rows)
     projections = description.projections if description else None
     contents = {

@@ -264,8 +264,9 @@ def _what_is_controlled(results: Results) -> list[str]:
         points.append(f"Samples with the same {design['group']} are never in training and test at once.")
     if results.n_permutations:
         points.append(
-            f"The p-values compare the label with {results.n_permutations:,} shuffles: {SHUFFLES[design['structure']]}. "
-            "Corrected, each is held against the largest AUROC that a shuffle reaches at any layer and position."
+            f"The p-values compare the label with {results.n_permutations:,} shuffles: "
+            f"{SHUFFLES[design['structure']]}. Corrected, each is held against the largest AUROC that a shuffle "
+            "reaches at any layer and position."
         )
     how = (
         f"{settings['resamples']:,} resamplings of the groups, stretched for the overlap of the training sets"
