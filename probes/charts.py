@@ -126,13 +126,15 @@ def _panel(panel: Panel, results: Results) -> Spec:
 
 
 def _traces(line: Line, names: Sequence[str]) -> list[Spec]:
-    x = list(range(len(line.y)))
+    only = len(line.y) == 1  # a curve of one point would have no bands
+    index = [0, 0] if only else list(range(len(line.y)))
+    x = [-0.3, 0.3] if only else list(map(float, index))
     colour = f"@{line.colour}"
     bands = [
         {
             "type": "scatter",
             "x": [*x, *reversed(x)],
-            "y": _numbers([*band.high, *reversed(band.low)]),
+            "y": _numbers([*band.high[index], *band.low[index][::-1]]),
             "fill": "toself",
             "fillcolor": f"{colour}:{band.alpha}",
             "line": {"width": 0},
@@ -142,22 +144,21 @@ def _traces(line: Line, names: Sequence[str]) -> list[Spec]:
         }
         for band in line.bands
     ]
-    found = line.found or (False,) * len(line.y)
-    mode = "lines+markers" if line.marker or len(x) == 1 else "lines"
+    mode = "lines+markers" if line.marker and not only else "lines"
     main = {
         "type": "scatter",
         "x": x,
-        "y": _numbers(line.y),
+        "y": _numbers(line.y[index]),
         "mode": mode,
         "name": _text(line.name),
         "line": {"color": colour, "width": 2.5 if line.bands else 1.4, "dash": line.dash},
         "marker": {
-            "color": [colour if mark else "@paper" for mark in found] if line.found else colour,
+            "color": [colour if mark else "@paper" for mark in line.found] if line.found else colour,
             "symbol": line.marker or "circle",
             "size": 7 if line.bands else 5,
             "line": {"color": colour, "width": 1.5},
         },
-        "text": [_hover(line, index, names) for index in x],
+        "text": [_hover(line, at, names) for at in index],
         "hovertemplate": "%{text}",
     }
     return [*bands, main]
@@ -165,7 +166,7 @@ def _traces(line: Line, names: Sequence[str]) -> list[Spec]:
 
 def _hover(line: Line, index: int, names: Sequence[str]) -> str:
     parts = [f"layer {names[index]}: " if names[index] != "embed" else "embed: ", f"{line.y[index]:.4g}"]
-    parts += [f" [{b.low[index]:.4g}, {b.high[index]:.4g}]" for b in line.bands[-1:] if line.bands]
+    parts += [f" [{band.low[index]:.4g}, {band.high[index]:.4g}], {band.name}" for band in line.bands]
     return _text("".join(parts))
 
 

@@ -190,11 +190,17 @@ def _add_legend(figure: Figure, axes: np.ndarray, panels: Sequence[Panel]) -> No
         [found[name] for name in names],
         names,
         loc="outside lower center",
-        ncols=min(4, len(names)),
+        ncols=_n_columns(figure, names),
         fontsize=9,
         frameon=False,
         labelcolor=INK,
     )
+
+
+def _n_columns(figure: Figure, names: Sequence[str]) -> int:
+    """Return how many columns of a legend find room, with letters of 9 points that are 5.5 wide on average."""
+    room = figure.get_figwidth() * 72
+    return max(1, min(4, len(names), int(room / (5.5 * max(map(len, names)) + 40))))
 
 
 def draw_map(results: Results) -> Figure | None:
@@ -267,7 +273,7 @@ def draw_projection(results: Results, method: str, position: str) -> Figure:
         handles,
         labels,
         loc="outside lower center",
-        ncols=min(4, len(labels)),
+        ncols=_n_columns(figure, labels),
         fontsize=9,
         frameon=False,
         labelcolor=INK,

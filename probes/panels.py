@@ -155,8 +155,8 @@ def _embed_line(probe: Line, layers: Sequence[int]) -> Line | None:
 def _bands(results: Results, task: str, metric: str, position: str) -> tuple[Band, ...]:
     bands = []
     for part, alpha, name in (
-        ("simultaneous_", 0.14, f"{results.percent}, all layers and positions at once"),
-        ("", 0.24, results.percent),
+        ("simultaneous_", 0.14, f"{results.percent} interval, all at once"),
+        ("", 0.24, f"{results.percent} interval"),
     ):
         low, high = (results.curve(task, metric, position, f"{part}{end}") for end in ("low", "high"))
         if not np.isnan(low).all():
@@ -197,7 +197,7 @@ def separability_panels(results: Results) -> list[Panel]:
             bands = [
                 Band(name=name, low=a, high=b, alpha=alpha)
                 for name, a, b, alpha in (
-                    ("95 %", low, high, 0.18),
+                    ("95 % interval", low, high, 0.18),
                     ("95 % of shuffled labels", null_low, null_high, 0.10),
                 )
                 if not np.isnan(a).all()

@@ -36,7 +36,7 @@
   function plot(element, data, layout) {
     const chosen = resolve(layout);
     // on a phone a finger scrolls the page, not the chart
-    if (narrow.matches) chosen.dragmode = false;
+    if (narrow.matches) Object.assign(chosen, { dragmode: false, height: Math.min(chosen.height, 380) });
     return Plotly.react(element, resolve(data), chosen, {
       responsive: true,
       displayModeBar: false,
@@ -84,6 +84,7 @@
       grid.querySelectorAll(".chart").forEach((element) => Plotly.purge(element));
       grid.replaceChildren();
       grid.classList.toggle("single", option.panels.length === 1);
+      grid.classList.toggle("pairs", option.panels.length === 4);
       const elements = option.panels.map((panel) => {
         const box = make("div", grid, { className: "panel" });
         make("h3", box, { textContent: panel.title });
@@ -153,7 +154,7 @@
       legend(key, []);
       all.names.forEach((name, k) => {
         const item = make("span", key, { className: "entry" });
-        make("i", item, { className: "dot" }).style.setProperty("--c", resolve(all.colours[k]));
+        make("i", item, { className: "point" }).style.setProperty("--c", resolve(all.colours[k]));
         item.append(name);
       });
       show();
