@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from mmextract.probes.comparison import OtherStore
 from mmextract.probes.description import Description
 from mmextract.probes.pictures import make_pictures
 from mmextract.probes.results import PROJECTIONS, Results
@@ -30,7 +31,9 @@ from mmextract.probes.rows import COLUMNS, Row
 from mmextract.probes.summary import Summary
 from mmextract.probes.tasks import SHUFFLES
 
-FORMAT = 1
+FORMAT = 2
+"""Of probe.json. 2: p-values, errors, calibration, comparisons; intervals by the jackknife."""
+
 PACKAGES = ("mmextract", "numpy", "scipy", "scikit-learn", "dask", "zarr", "pyarrow", "matplotlib", "plotly")
 
 FILES = (
@@ -52,8 +55,13 @@ _SCHEMA = pa.schema(
         for name, kind in (
             *(("layer", pa.int32()), ("position", pa.string()), ("label", pa.string())),
             *(("task", pa.string()), ("metric", pa.string()), ("value", pa.float64())),
-            *(("low", pa.float64()), ("high", pa.float64())),
-            *(("simultaneous_low", pa.float64()), ("simultaneous_high", pa.float64())),
+            *(
+                (name, pa.float64())
+                for name in ("error", "low", "high", "simultaneous_low", "simultaneous_high")
+            ),
+            *(("chance", pa.float64()), ("baseline", pa.bool_())),
+            *((name, pa.float64()) for name in ("p", "p_corrected", "p_fdr", "detectable")),
+            ("n_permutations", pa.int64()),
             *(("n_samples", pa.int64()), ("n_groups", pa.int64()), ("n_classes", pa.int64())),
             *(
                 ("c", pa.float64()),
@@ -102,6 +110,12 @@ def write_pictures(results: Results, folder: Path) -> list[Path]:
     return _replace_all(folder, make_pictures(results))
 
 
+def write_tables(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Write probe.csv and probe.parquet of rows that may come of several runs. Raises OSError."""
+    table = make_table(rows)
+    return _replace_all(folder, {"probe.csv": _csv(table), "probe.parquet": _parquet(table)})
+
+
 def make_record(summary: Summary, command: str, description: Description | None = None) -> dict[str, Any]:
     """Return everything about the run, JSON-able: what was found, from what, how, with which versions.
 
@@ -141,17 +155,36 @@ def make_record(summary: Summary, command: str, description: Description | None 
             "dropped": dict(design.dropped),
             "control": None if summary.is_paper else SHUFFLES[design.structure],
         },
+        "permutations": {
+            "n": plan.settings.permutations,
+            "shuffle": SHUFFLES[design.structure],
+            "statistic": "largest AUROC over "
+            f"C = {', '.join(f'{c:g}' for c in plan.settings.test_penalties)} on the first repeat's folds",
+        }
+        if summary.is_tested
+        else None,
+        "compare": _describe_other(plan.other),
         "layers": list(plan.layers),
         "positions": list(plan.positions),
         "fits": {
             "n": summary.n_fits,
             "n_unconverged": summary.n_unconverged,
-            "solvers": sorted({s.solver for cell in summary.scores.values() for s in cell if s.solver}),
-            "worst_residual": max(s.worst_residual for cell in summary.scores.values() for s in cell),
+            "solvers": sorted({s.solver for cell in summary.scores.values() for s in cell.tasks if s.solver}),
+            "worst_residual": max(s.worst_residual for cell in summary.scores.values() for s in cell.tasks),
         },
         "columns": dict(COLUMNS),
         "rows": [_finite(asdict(row)) for row in summary.rows],
         **(description.entries() if description else {}),
+    }
+
+
+def _describe_other(other: OtherStore | None) -> dict[str, Any] | None:
+    if other is None:
+        return None
+    return {
+        "path": str(other.place),
+        "fingerprint": fingerprint(other.attributes),
+        "attributes": dict(other.attributes),
     }
 
 
@@ -183,7 +216,7 @@ def make_score_table(summary: Summary) -> pa.Table:
     names = ["score"] if binary else [f"score_{name}" for name in classes]
     tables = []
     for (layer, position), cell in summary.scores.items():
-        for scores in cell:
+        for scores in cell.tasks:
             if scores.decisions is None or scores.folds is None:
                 continue
             repeat, index = np.nonzero(scores.folds >= 0)

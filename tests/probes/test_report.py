@@ -84,7 +84,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Results:
         columns=columns,
         run={"model": {"name": HOSTILE}},
     )
-    settings = ProbeSettings(label="<b>$x", penalties=(0.1,), repeats=1)
+    settings = ProbeSettings(label="<b>$x", penalties=(0.1,), repeats=1, permutations=0)
     return make_results(summarise(path, settings), PROJECTED, command=f"mmextract probe {HOSTILE}")
 
 
@@ -134,7 +134,7 @@ def test_the_page_says_what_the_design_controls_and_what_it_cannot_say(html: str
 
 
 def test_warnings_stand_on_the_page(store: Path) -> None:
-    quick = ProbeSettings(group="none", layers=(0,), penalties=(0.1,), repeats=1)
+    quick = ProbeSettings(group="none", layers=(0,), penalties=(0.1,), repeats=1, permutations=0)
     made = summarise(store, quick)
     assert render(make_results(made), {}).count('class="warning"') == len(made.warnings) >= 2
 
@@ -198,7 +198,8 @@ def test_baselines_and_differences_are_drawn_where_there_are_any(results: Result
 def test_p_values_decide_what_stands_out_where_there_are_any(results: Results) -> None:
     html = render(with_comparison(results), {})
     assert html.count('class="marked"') == 1 and "<td>0.005</td>" in html
-    assert "No permutation test" in render(results, {}) and "No permutation test" not in html
+    untested = Results({**results.record, "permutations": None}, results.projections)
+    assert "No permutation test" in render(untested, {}) and "No permutation test" not in html
 
 
 def specs(charts: Any) -> list[dict[str, Any]]:
@@ -235,7 +236,9 @@ def test_many_positions_become_a_map_and_curves_of_the_best(tmp_path: Path) -> N
     states = np.repeat(paired_states(columns, 4)[:, None, None], 9, axis=2)
     tokens = [str(index) for index in range(9)]
     path = make_store(tmp_path / "s.zarr", states, layers=[0], positions=tokens, columns=columns)
-    made = make_results(summarise(path, ProbeSettings(penalties=(0.1,), repeats=1)), PROJECTED)
+    made = make_results(
+        summarise(path, ProbeSettings(penalties=(0.1,), repeats=1, permutations=0)), PROJECTED
+    )
     charts = make_charts(made)["groups"]
     assert len(charts["curves"]["options"][0]["panels"]) == 6
     assert np.shape(charts["map"]["options"][0]["panels"][0]["data"][0]["z"]) == (1, 9)
