@@ -20,6 +20,7 @@ from mmextract.cli.export import export
 from mmextract.cli.identities import identities
 from mmextract.cli.info import info
 from mmextract.cli.probe import probe
+from mmextract.cli.report import report
 from mmextract.cli.verify import verify
 from mmextract.cli.watermark import watermark
 from mmextract.engine.interruptible import REQUESTS
@@ -70,7 +71,7 @@ def group() -> None:
     """
 
 
-for command in (dump, probe, watermark, identities, info, verify, export, doctor):
+for command in (dump, probe, report, watermark, identities, info, verify, export, doctor):
     group.add_command(command)
 
 

@@ -81,6 +81,16 @@ def list_rounds(plan: ProbePlan) -> list[Round]:
                 n_outputs=n_outputs,
             )
         )
+    if settings.preset != "paper" and settings.permutations:
+        rounds.append(
+            Round(
+                n_rows=n_rows,
+                n_sets=folds,
+                n_labels=1 + settings.permutations,
+                n_penalties=len(settings.test_penalties),
+                n_outputs=n_outputs,
+            )
+        )
     return rounds
 
 

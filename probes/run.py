@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from dask.base import compute
 from dask.callbacks import Callback
 from dask.delayed import delayed
@@ -22,12 +21,12 @@ from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from mmextract.engine.store import Store, open_store
-from mmextract.probes.choice import check_name, make_solver, one_thread
+from mmextract.probes.choice import check_name, one_thread
+from mmextract.probes.comparison import OtherStore, check_same, match_store, read_columns, require_cells
 from mmextract.probes.design import Design, make_design
-from mmextract.probes.evaluation import TaskScores, evaluate
-from mmextract.probes.metrics import FloatArray
-from mmextract.probes.paper import LARGEST_CLASS, evaluate_paper, make_paper_task
+from mmextract.probes.paper import LARGEST_CLASS, make_paper_task
 from mmextract.probes.planning import check_cluster, choose_workers
+from mmextract.probes.scoring import CellScores, score_cell
 from mmextract.probes.settings import UNGROUPED, ProbeSettings
 from mmextract.probes.tasks import Task, make_tasks
 
@@ -44,8 +43,8 @@ Cell = tuple[int, str]
 """A layer and a position."""
 
 
-Scores = Mapping[Cell, Sequence[TaskScores]]
-"""For each layer and position, the label, its controls and its baselines."""
+Scores = Mapping[Cell, CellScores]
+"""For each layer and position, the label, its control and its baselines."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +73,8 @@ class ProbePlan:
     """[n] ids of the probed samples."""
     group_names: tuple[str, ...]
     """[n] value of the group column, or the sample's id."""
+    other: OtherStore | None = None
+    """What it is compared with."""
 
     @property
     def cells(self) -> list[Cell]:
@@ -81,18 +82,26 @@ class ProbePlan:
         return [(layer, position) for layer in self.layers for position in self.positions]
 
 
-def plan_probe(place: str | Path, settings: ProbeSettings) -> ProbePlan:
+def plan_probe(
+    place: str | Path, settings: ProbeSettings, *, compare_with: str | Path | None = None
+) -> ProbePlan:
     """Decide what is probed in the store at `place`; reads its columns, not its hidden states.
 
+    compare_with: a store of the same samples from another checkpoint, for the difference of the two.
+
     Raises ValueError or LookupError, saying what was expected and what to do, for a store, label, grouping,
-    layer or position that cannot be probed.
+    layer or position that cannot be probed, or compared.
     """
     check_name(settings.solver)
     store = open_store(place)
     _check_complete(store, settings)
-    # numpy's variable-width texts know few operations; as objects they know all
-    columns = {name: v.astype(object) if v.dtype.kind == "T" else v for name, v in store.columns.items()}
+    columns = read_columns(store)
     paper = settings.preset == "paper"
+    other = None
+    if compare_with is not None:
+        theirs = open_store(compare_with)
+        _check_complete(theirs, settings)
+        other = match_store(theirs, columns)
     design = make_design(
         columns,
         store.committed,
@@ -101,7 +110,12 @@ def plan_probe(place: str | Path, settings: ProbeSettings) -> ProbePlan:
         where=settings.where,
         largest_class=LARGEST_CLASS if paper else None,
         positive_last=not paper,
+        usable=None if other is None else other.usable,
     )
+    layers, positions = _choose_layers(store, settings), _choose_positions(store, settings, design)
+    if other is not None:
+        check_same(other, columns, design.rows, [design.label, *([design.group] if design.group else [])])
+        require_cells(other, layers, positions)
     return ProbePlan(
         store=place,
         attributes=store.attributes,
@@ -110,10 +124,11 @@ def plan_probe(place: str | Path, settings: ProbeSettings) -> ProbePlan:
         settings=settings,
         design=design,
         tasks=(make_paper_task(design),) if paper else make_tasks(design, settings),
-        layers=_choose_layers(store, settings),
-        positions=_choose_positions(store, settings, design),
+        layers=layers,
+        positions=positions,
         samples=tuple(map(str, columns["sample"][design.rows])),
         group_names=tuple(map(str, columns[design.group or "sample"][design.rows])),
+        other=other,
     )
 
 
@@ -172,7 +187,7 @@ def _run_on_cluster(plan: ProbePlan, client: Client, on_progress: Callable[[int]
         client.submit(_score_on_worker, shared, *cell, pure=False, retries=CLUSTER_RETRIES): cell
         for cell in plan.cells
     }
-    scores: dict[Cell, Sequence[TaskScores]] = {}
+    scores: dict[Cell, CellScores] = {}
     try:
         for future in as_completed(futures, loop=client.loop):
             scores[futures[future]] = future.result()
@@ -184,7 +199,7 @@ def _run_on_cluster(plan: ProbePlan, client: Client, on_progress: Callable[[int]
     return {cell: scores[cell] for cell in plan.cells}
 
 
-def _score_on_worker(plan: ProbePlan, layer: int, position: str) -> Sequence[TaskScores]:
+def _score_on_worker(plan: ProbePlan, layer: int, position: str) -> CellScores:
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         return score_cell(plan, layer, position)
@@ -217,7 +232,10 @@ def predict_seconds(plan: ProbePlan) -> float:
     else:
         n_sets = n_outer * (settings.inner_folds * searching + 1)
         task = n_sets * (3e-11 * n * d * k + 3e-10 * k**3) + n_outer * (inner + 1) * (5e-4 + 1.2e-8 * n * k)
-    return len(plan.cells) * len(plan.tasks) * task
+    n_tests = settings.permutations * len(settings.test_penalties) * settings.folds
+    test = 0.0 if settings.preset == "paper" else n_tests * (5e-4 + 1.2e-8 * n * k)
+    n_stores = 1 if plan.other is None else 2
+    return len(plan.cells) * n_stores * (len(plan.tasks) * task + test)
 
 
 def _prepare() -> None:
@@ -229,29 +247,6 @@ def _prepare() -> None:
 def _start_process() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, that ends its workers
     _prepare()
-
-
-def score_cell(plan: ProbePlan, layer: int, position: str) -> Sequence[TaskScores]:
-    """Read one layer and position from the store and score every task on it."""
-    x = read_states(open_store(plan.store), layer, position, plan.design)
-    if plan.settings.preset == "paper":
-        return evaluate_paper(x, plan.tasks[0])
-    with one_thread():
-        solver = make_solver(plan.settings.solver)
-        return evaluate(x, plan.design.groups, plan.tasks, solver, plan.settings)
-
-
-def read_states(store: Store, layer: int, position: str, design: Design) -> FloatArray:
-    """Return float64 [n, D]: the states of the probed samples. Raises ValueError if any is not finite."""
-    states = store.read(layer, position)[design.rows].astype(np.float64)
-    bad = np.flatnonzero(~np.isfinite(states).all(1))
-    if len(bad):
-        first = store.columns["sample"][design.rows[bad[0]]]
-        raise ValueError(
-            f"layer {layer}, position {position}: {len(bad)} of {len(states)} samples hold NaN or infinite "
-            f"states (the first is {first}): leave them out with --where, or this layer or position out"
-        )
-    return states
 
 
 def _cores() -> int:

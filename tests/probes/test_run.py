@@ -13,7 +13,7 @@ from mmextract.probes.summary import Summary
 from tests.probes.conftest import QUICK, summarise
 from tests.probes.stores import make_paired_store, make_store, paired_columns, paired_states
 
-FAST = ProbeSettings(penalties=(0.1,), repeats=1, resamples=100)
+FAST = ProbeSettings(penalties=(0.1,), repeats=1, permutations=0)
 
 
 def test_a_planted_signal_is_found_where_it_is_and_nowhere_else(summary: Summary) -> None:

@@ -12,8 +12,8 @@ from tests.probes.conftest import QUICK, summarise
 
 def test_there_is_one_row_a_layer_position_task_and_metric(summary: Summary) -> None:
     keys = {(row.layer, row.position, row.task, row.metric) for row in summary.rows}
-    assert len(keys) == len(summary.rows) == 6 * (3 * 4 + 3)
-    assert {row.task for row in summary.rows} == {"label", "control", "majority", "selectivity"}
+    assert len(keys) == len(summary.rows) == 6 * (4 * 6 + 3)
+    assert summary.tasks == {"label", "control", "majority", "random", "selectivity"}
     assert all(COLUMNS.values())
 
 
@@ -42,7 +42,8 @@ def test_the_statement_on_a_signal_gives_place_size_and_corrected_interval(summa
     assert re.fullmatch(
         r"The hidden states tell seen from unseen for identities the probe never saw: "
         r"AUROC 0\.\d\d at layer 1, position image "
-        r"\(95 % interval 0\.\d\d to \d\.\d\d, allowing for the 6 layers and positions looked at\)\.",
+        r"\(95 % interval 0\.\d\d to \d\.\d\d, allowing for the 6 layers and positions looked at; "
+        r"corrected p = 0\.02\)\.",
         summary.statement,
     )
     assert f"{best.value:.2f}" in summary.statement and f"{best.simultaneous_low:.2f}" in summary.statement
@@ -53,7 +54,10 @@ def test_the_statement_on_noise_claims_nothing_and_says_what_is_not_ruled_out(st
     made = summarise(store, QUICK, layers=(-1, 0))
     assert made.statement.startswith("No sign that the hidden states tell seen from unseen")
     assert "not ruled out" in made.qualification
-    assert "significan" not in made.headline and "p-value" not in made.headline
+    assert "significan" not in made.headline
+    smallest = min(row.p_corrected or 1 for row in made.select("label"))
+    assert f"smallest corrected p = {smallest:.2g}" in made.statement
+    assert f"an AUROC of {made.best.detectable:.2f} would have been found" in made.qualification
 
 
 def test_one_layer_alone_is_not_spoken_of_as_many(store: Path) -> None:
