@@ -79,9 +79,7 @@ _MOST_COLUMNS = 8
 @click.option(
     "--permutations",
     type=click.IntRange(min=0),
-    default=200,
-    show_default=True,
-    help="Shuffles of the label behind p-values and intervals; 0: none, no p-values.",
+    help="Shuffles of the label behind p-values and intervals; 0: no p-values.  [default: 200, fewer if costly]",
 )
 @click.option(
     "--class-weight",

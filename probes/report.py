@@ -231,7 +231,7 @@ def _what_is_controlled(summary: Summary) -> list[str]:
         points.append(f"Samples with the same {design.group} are never in training and test at once.")
     if summary.is_tested:
         points.append(
-            f"The p-values compare the label with {settings.permutations:,} shuffles: {SHUFFLES[design.structure]}. "
+            f"The p-values compare the label with {settings.n_permutations:,} shuffles: {SHUFFLES[design.structure]}. "
             "Corrected, each is held against the largest AUROC that a shuffle reaches at any layer and position."
         )
     points += [
