@@ -44,9 +44,12 @@ def predict_seconds(plan: ProbePlan) -> float:
 
 
 def predict_permutation(plan: ProbePlan) -> float:
-    """Return roughly how long one core takes for one shuffle of the label, at all layers and positions."""
+    """Return roughly how long one core takes for one shuffle of the label, at all layers and positions.
+
+    Measured with 200 shuffles, 5 folds and 3 values of C: 3.5 s at 500 samples × 1024 features, 11.5 s at 1,000 × 3584.
+    """
     n, n_stores = plan.design.n_samples, 1 if plan.other is None else 2
-    fit = 5e-4 + 1.2e-8 * n * min(n, plan.hidden_size)
+    fit = 5e-4 + 4e-9 * n * min(n, plan.hidden_size)
     return len(plan.cells) * n_stores * len(plan.settings.test_penalties) * plan.settings.folds * fit
 
 

@@ -116,6 +116,7 @@ def plan_probe(
     if other is not None:
         check_same(other, columns, design.rows, [design.label, *([design.group] if design.group else [])])
         require_cells(other, layers, positions)
+        other = replace(other, columns={})  # checked, and not worth sending to every worker
     plan = ProbePlan(
         store=place,
         attributes=store.attributes,
@@ -179,8 +180,9 @@ def _run_on_cluster(plan: ProbePlan, client: Client, on_progress: Callable[[int]
     """Score each layer and position in a task; the plan goes to each worker once."""
     from distributed import as_completed
 
-    if "://" not in str(plan.store):
-        plan = replace(plan, store=Path(plan.store).absolute())
+    plan = replace(plan, store=_absolute(plan.store))
+    if plan.other is not None:
+        plan = replace(plan, other=replace(plan.other, place=_absolute(plan.other.place)))
     shared = client.scatter(plan, broadcast=True, hash=False)
     futures = {
         client.submit(_score_on_worker, shared, *cell, pure=False, retries=CLUSTER_RETRIES): cell
@@ -196,6 +198,11 @@ def _run_on_cluster(plan: ProbePlan, client: Client, on_progress: Callable[[int]
             "the connection to the scheduler, or to all of its workers, was lost: probe again"
         ) from error
     return {cell: scores[cell] for cell in plan.cells}
+
+
+def _absolute(place: str | Path) -> str | Path:
+    """Return a place that means the same in another working directory."""
+    return place if "://" in str(place) else Path(place).absolute()
 
 
 def _score_on_worker(plan: ProbePlan, layer: int, position: str) -> CellScores:
