@@ -11,6 +11,8 @@ coverage counts the draws whose 95 % interval holds the truth; with 1,000 draws 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -189,7 +191,8 @@ def measure(
                     for seed in range(n_draws)
                 ]
                 rows = list(pool.map(run_draw, draws, chunksize=max(1, n_draws // (4 * workers))))
-                results[f"{name}, signal {signal:g}"] = summarise(rows, signal)
+                found = results[f"{name}, signal {signal:g}"] = summarise(rows, signal)
+                print(f"{name}, signal {signal:g}:", json.dumps(found), file=sys.stderr, flush=True)
     return results
 
 

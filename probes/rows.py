@@ -63,7 +63,8 @@ class Row:
         "standard error of the value; includes that other training sets give other probes"
     )
     low: float | None = _about(
-        "lower end of the interval, by the jackknife over groups, calibrated by permutations"
+        "lower end of the interval, by the jackknife over groups, calibrated by permutations; of log_loss and brier for the "
+        "C that was chosen, which narrows it"
     )
     high: float | None = _about("upper end of that interval")
     simultaneous_low: float | None = _about(
