@@ -80,9 +80,7 @@ _MOST_COLUMNS = 8
 @click.option(
     "--permutations",
     type=click.IntRange(min=0),
-    default=200,
-    show_default=True,
-    help="Shuffles of the label behind p-values and intervals; 0: none, no p-values.",
+    help="Shuffles of the label behind p-values and intervals; 0: no p-values.  [default: 200, fewer if costly]",
 )
 @click.option(
     "--class-weight",
@@ -142,8 +140,9 @@ def probe(
     with several labels into a folder each, and the tables of all of them beside those.
     """
     from mmextract.probes import description, planning
+    from mmextract.probes.cost import predict_seconds
     from mmextract.probes.outputs import make_record, write_outputs, write_tables
-    from mmextract.probes.run import plan_probe, predict_seconds, run_probe
+    from mmextract.probes.run import plan_probe, run_probe
     from mmextract.probes.settings import ProbeSettings
     from mmextract.probes.summary import Summary
 

@@ -34,7 +34,7 @@ class OtherStore:
     positions: tuple[str, ...]
     """That it has."""
     columns: Columns
-    """Its columns, in its own order."""
+    """Its columns, in its own order; a plan that was checked has none."""
     usable: BoolArray
     """[n_samples] of ours: whether it has states of that sample."""
     rows: IntArray

@@ -21,7 +21,7 @@ from mmextract.probes.settings import ProbeSettings
 from mmextract.probes.solvers import Job, Solution, Solver
 from mmextract.probes.tasks import FoldArray, Task, weigh_classes
 
-N_DIRECTIONS = 16
+N_DIRECTIONS = 8
 """Random directions whose scores are averaged."""
 
 

@@ -49,6 +49,20 @@ FILES = (
 """Those of every run, in the order in which they are put in place: where probe.json is, the others are of the same run.
 There are more where there is more to show: projections.parquet, separability.csv and .parquet, and their figures."""
 
+SCORE_COLUMNS = {
+    "sample": "id of the sample in the store",
+    "group": "its value of the group column; the sample itself if there are no groups",
+    "label": "column of the store that gave the classes",
+    "class": "the sample's class, as this task has it (shuffled, of a control)",
+    "layer": "decoder block; -1 is the embedding",
+    "position": "token or span of tokens",
+    "task": "label, control, or other: the label in the store compared with",
+    "repeat": "which of the repeated splits",
+    "fold": "fold of that split in which the sample was tested, by a probe that has not seen its group",
+    "score": "logit of the positive class; of more than two classes, of the class in the column's name",
+}
+"""What each column of scores.parquet means."""
+
 _SCHEMA = pa.schema(
     [
         pa.field(name, kind, metadata={"about": COLUMNS[name]})
@@ -156,7 +170,7 @@ def make_record(summary: Summary, command: str, description: Description | None 
             "control": None if summary.is_paper else SHUFFLES[design.structure],
         },
         "permutations": {
-            "n": plan.settings.permutations,
+            "n": plan.settings.n_permutations,
             "shuffle": SHUFFLES[design.structure],
             "statistic": "largest AUROC over "
             f"C = {', '.join(f'{c:g}' for c in plan.settings.test_penalties)} on the first repeat's folds",
@@ -173,6 +187,7 @@ def make_record(summary: Summary, command: str, description: Description | None 
             "worst_residual": max(s.worst_residual for cell in summary.scores.values() for s in cell.tasks),
         },
         "columns": dict(COLUMNS),
+        "score_columns": dict(SCORE_COLUMNS),
         "rows": [_finite(asdict(row)) for row in summary.rows],
         **(description.entries() if description else {}),
     }
@@ -207,7 +222,8 @@ def make_score_table(summary: Summary) -> pa.Table:
     """Return what each probe said of each sample it had not seen: a row a (layer, position, task, repeat,
     sample).
 
-    `score` is the logit of the positive class; with more than two classes there is one `score_<class>` each.
+    SCORE_COLUMNS, written into the file, say what each column means; with more than two classes there is one
+    `score_<class>` each in place of `score`.
     """
     plan, design = summary.plan, summary.plan.design
     samples, groups = np.array(plan.samples, object), np.array(plan.group_names, object)
@@ -225,6 +241,7 @@ def make_score_table(summary: Summary) -> pa.Table:
             columns = {
                 "sample": samples[index],
                 "group": groups[index],
+                "label": [design.label] * n,
                 "class": classes[scores.y[index]],
                 "layer": np.full(n, layer, np.int32),
                 "position": [position] * n,
@@ -234,7 +251,12 @@ def make_score_table(summary: Summary) -> pa.Table:
                 **dict(zip(names, decided.T, strict=True)),
             }
             tables.append(pa.table(columns))
-    return pa.concat_tables(tables)
+    table = pa.concat_tables(tables)
+    about = [
+        field.with_metadata({"about": SCORE_COLUMNS[field.name if field.name in SCORE_COLUMNS else "score"]})
+        for field in table.schema
+    ]
+    return table.cast(pa.schema(about))
 
 
 def _csv(table: pa.Table) -> bytes:

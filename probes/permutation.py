@@ -88,13 +88,13 @@ def run_test(
     settings: ProbeSettings,
     chosen: Sequence[float],
 ) -> tuple[PermutationTest, Shuffled]:
-    """Test the label on features x [n, D] against `settings.permutations` shuffles.
+    """Test the label on features x [n, D] against `settings.n_permutations` shuffles.
 
     chosen: values of C that the label's own probes took. Distances are measured at the value that was tested next to
     their median.
     """
     fold, penalties = label.folds[0], settings.test_penalties
-    labels = make_shuffles(design, fold, settings.permutations, settings.seed)
+    labels = make_shuffles(design, fold, settings.n_permutations, settings.seed)
     largest = np.full(len(labels), -np.inf)
     at = int(np.argmin(np.abs(np.log(penalties) - np.log(np.median(chosen)))))
     parts: list[Mapping[str, Estimate]] = []

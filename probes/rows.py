@@ -63,7 +63,8 @@ class Row:
         "standard error of the value; includes that other training sets give other probes"
     )
     low: float | None = _about(
-        "lower end of the interval, by the jackknife over groups, calibrated by permutations"
+        "lower end of the interval, by the jackknife over groups, calibrated by permutations; that of log_loss and "
+        "brier takes the C that was chosen as given, and is narrow for it"
     )
     high: float | None = _about("upper end of that interval")
     simultaneous_low: float | None = _about(

@@ -23,6 +23,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from mmextract.engine.store import Store, open_store
 from mmextract.probes.choice import check_name, one_thread
 from mmextract.probes.comparison import OtherStore, check_same, match_store, read_columns, require_cells
+from mmextract.probes.cost import choose_permutations, predict_seconds
 from mmextract.probes.design import Design, make_design
 from mmextract.probes.paper import LARGEST_CLASS, make_paper_task
 from mmextract.probes.planning import check_cluster, choose_workers
@@ -116,7 +117,8 @@ def plan_probe(
     if other is not None:
         check_same(other, columns, design.rows, [design.label, *([design.group] if design.group else [])])
         require_cells(other, layers, positions)
-    return ProbePlan(
+        other = replace(other, columns={})  # checked, and not worth sending to every worker
+    plan = ProbePlan(
         store=place,
         attributes=store.attributes,
         n_stored=store.n_samples,
@@ -130,6 +132,7 @@ def plan_probe(
         group_names=tuple(map(str, columns[design.group or "sample"][design.rows])),
         other=other,
     )
+    return choose_permutations(plan)
 
 
 def run_probe(
@@ -180,8 +183,9 @@ def _run_on_cluster(plan: ProbePlan, client: Client, on_progress: Callable[[int]
     from distributed import as_completed
 
     check_cluster(plan, client)
-    if "://" not in str(plan.store):
-        plan = replace(plan, store=Path(plan.store).absolute())
+    plan = replace(plan, store=_absolute(plan.store))
+    if plan.other is not None:
+        plan = replace(plan, other=replace(plan.other, place=_absolute(plan.other.place)))
     shared = client.scatter(plan, broadcast=True, hash=False)
     futures = {
         client.submit(_score_on_worker, shared, *cell, pure=False, retries=CLUSTER_RETRIES): cell
@@ -199,6 +203,11 @@ def _run_on_cluster(plan: ProbePlan, client: Client, on_progress: Callable[[int]
     return {cell: scores[cell] for cell in plan.cells}
 
 
+def _absolute(place: str | Path) -> str | Path:
+    """Return a place that means the same in another working directory."""
+    return place if "://" in str(place) else Path(place).absolute()
+
+
 def _score_on_worker(plan: ProbePlan, layer: int, position: str) -> CellScores:
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -213,29 +222,6 @@ def choose_scheduler(plan: ProbePlan, workers: int) -> str:
     samples × 128: 21 s against 17 s).
     """
     return "processes" if workers > 1 and predict_seconds(plan) > SECONDS_WORTH_PROCESSES else "synchronous"
-
-
-def predict_seconds(plan: ProbePlan) -> float:
-    """Return roughly how long one core takes.
-
-    scikit-learn: each fit 3 ms, and its arithmetic at 20 GFLOP/s over some five steps. Our own solvers: the
-    moments of a training set and their eigenvectors, then some 25 products a fit (measured at 800 samples ×
-    3584 features).
-    """
-    settings, n, d = plan.settings, plan.design.n_samples, plan.hidden_size
-    searching = len(settings.penalties) > 1
-    inner = settings.inner_folds * len(settings.penalties) if searching else 0
-    n_outer = 1 if settings.preset == "paper" else settings.folds * settings.repeats
-    k = min(n, d)
-    if settings.preset == "paper" or settings.solver in ("sklearn", "cuml"):
-        task = n_outer * (inner + 1) * (3e-3 + 5e-10 * n * k**2)
-    else:
-        n_sets = n_outer * (settings.inner_folds * searching + 1)
-        task = n_sets * (3e-11 * n * d * k + 3e-10 * k**3) + n_outer * (inner + 1) * (5e-4 + 1.2e-8 * n * k)
-    n_tests = settings.permutations * len(settings.test_penalties) * settings.folds
-    test = 0.0 if settings.preset == "paper" else n_tests * (5e-4 + 1.2e-8 * n * k)
-    n_stores = 1 if plan.other is None else 2
-    return len(plan.cells) * n_stores * (len(plan.tasks) * task + test)
 
 
 def _prepare() -> None:

@@ -73,7 +73,7 @@ def score_states(plan: ProbePlan, x: FloatArray, x_other: FloatArray | None = No
 def _test(
     plan: ProbePlan, x: FloatArray, label: TaskScores, solver: Solver
 ) -> tuple[PermutationTest, Shuffled] | None:
-    if not plan.settings.permutations or not can_shuffle(plan.design):
+    if not plan.settings.n_permutations or not can_shuffle(plan.design):
         return None
     return run_test(x, plan.design, plan.tasks[0], solver, plan.settings, label.penalties)
 

@@ -47,10 +47,9 @@ class ProbeSettings:
     """A name of `choice.SOLVER_NAMES`; `auto` chooses by shape and device."""
     seed: int = 0
     """Decides folds, shuffled labels and resampled groups."""
-    permutations: int = 200
-    """Shuffles of the label behind each p-value and interval; 0 for none, and then no p-values (see `intervals`).
-
-    200 let a corrected p fall to 0.005, and take about as long as everything else together."""
+    permutations: int | None = None
+    """Shuffles of the label behind each p-value and interval; 0 for none, and then no p-values (see `intervals`);
+    None chooses by what they cost (see `run.choose_permutations`)."""
     class_weight: str = "none"
     """`balanced` weighs each sample by the inverse of its class's share of the training set."""
     confidence: float = 0.95
@@ -72,7 +71,7 @@ class ProbeSettings:
             ("permutations", 0),
             ("seed", 0),
         ):
-            if getattr(self, name) < least:
+            if (getattr(self, name) or 0) < least:
                 raise ValueError(
                     f"{name.replace('_', ' ')} must be at least {least}, got {getattr(self, name)}"
                 )
@@ -80,7 +79,7 @@ class ProbeSettings:
             raise ValueError(f"each C must be a positive number, got {self.penalties}")
         if not 0.5 <= self.confidence < 1:
             raise ValueError(f"confidence must lie in [0.5, 1), got {self.confidence}")
-        if 0 < self.permutations < FEWEST_PERMUTATIONS:
+        if self.permutations and self.permutations < FEWEST_PERMUTATIONS:
             raise ValueError(
                 f"permutations must be 0, for none, or at least {FEWEST_PERMUTATIONS}: with {self.permutations} no "
                 f"p-value falls below {1 / (1 + self.permutations):.2g}"
@@ -89,7 +88,12 @@ class ProbeSettings:
     @property
     def alpha(self) -> float:
         """The corrected p-value up to which something is said to be found."""
-        return 1 - self.confidence
+        return round(1 - self.confidence, 12)
+
+    @property
+    def n_permutations(self) -> int:
+        """Shuffles of the label; 0 where they are yet to be chosen, too."""
+        return self.permutations or 0
 
     @property
     def test_penalties(self) -> tuple[float, ...]:

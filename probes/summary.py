@@ -174,7 +174,8 @@ def _judge(summary: Summary) -> tuple[str, str]:
     if summary.above_chance:
         return (
             f"The hidden states tell {subject}: AUROC {best.value:.2f} at {where} ({_evidence(summary, best)}).",
-            f"{beware}So corrected, AUROC lies above chance (0.50) in {len(summary.above_chance)} of {several}.",
+            f"{beware}So corrected, AUROC lies above chance (0.50) in {len(summary.above_chance)} of {several}."
+            f"{_embedding(summary, best)}",
         )
     no_more = "higher than shuffled labels reach" if summary.is_tested else "clear of chance"
     one = len(summary.scores) == 1
@@ -211,6 +212,15 @@ def _judge_difference(summary: Summary) -> tuple[str, str]:
         f"{beware}The largest difference is {_signed(best.value)} ({_interval(summary, best)}): {both}; "
         f"{_not_ruled_out(best, 'a difference')}.",
     )
+
+
+def _embedding(summary: Summary, best: Row) -> str:
+    """Say so if what is found is there before the first layer."""
+    found = [row for row in summary.above_chance if row.layer < 0]
+    if not found or best.layer < 0:
+        return ""
+    most = max(found, key=lambda row: row.value)
+    return f" The embedding, which is no work of the layers, reaches {most.value:.2f} at position {most.position}."
 
 
 def _name_subject(summary: Summary) -> str:
@@ -308,7 +318,7 @@ def _find_anomalies(summary: Summary) -> list[str]:
         )
     if plan.design.n_groups < FEW_GROUPS:
         found.append(f"there are only {plan.design.n_groups} groups: the intervals are rough")
-    if plan.settings.permutations and not can_shuffle(plan.design):
+    if plan.settings.n_permutations and not can_shuffle(plan.design):
         found.append(
             f"no p-values: some groups ({plan.design.group}) hold one class of {plan.design.label!r} and some hold "
             "several, so its labels cannot be shuffled as if they said nothing; leave one of the two kinds out with "

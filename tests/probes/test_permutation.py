@@ -64,14 +64,14 @@ def with_permutations(n: int) -> ProbeSettings:
 @pytest.mark.parametrize("structure", ["paired", "within", "between"])
 def test_p_values_of_noise_are_spread_evenly(structure: str) -> None:
     p_values = []
-    for seed in range(30):
+    for seed in range(20):
         rng = np.random.default_rng(seed)
         design = make_design(structure, rng)
         assert design.structure == structure
         p_values.append(run(make_noise(design, rng), design).p_value)
-    # three standard deviations of 30 fair draws, of a half and of a tenth
-    assert 6 < np.sum(np.array(p_values) <= 0.5) < 24
-    assert np.sum(np.array(p_values) <= 0.1) < 9
+    # three standard deviations of 20 fair draws, of a half and of a tenth
+    assert 3 < np.sum(np.array(p_values) <= 0.5) < 17
+    assert np.sum(np.array(p_values) <= 0.1) < 7
 
 
 def test_groups_are_exchanged_and_not_samples() -> None:
@@ -169,8 +169,8 @@ def compare_two(signals: tuple[float, float], seed: int) -> PermutationTest:
 def test_a_difference_is_found_where_one_knows_more_and_not_where_both_know_the_same() -> None:
     assert compare_two((4.0, 0.0), 0).p_value == 1 / 20
     assert compare_two((0.0, 4.0), 0).p_value == 1 / 20
-    equal = [compare_two((2.0, 2.0), seed).p_value for seed in range(20)]
-    assert np.mean(np.array(equal) <= 0.1) < 0.35 and np.mean(equal) > 0.3
+    equal = [compare_two((2.0, 2.0), seed).p_value for seed in range(12)]
+    assert np.mean(np.array(equal) <= 0.1) < 0.4 and np.mean(equal) > 0.3
 
 
 def test_designs_that_leave_no_fair_shuffle_are_known() -> None:
