@@ -108,8 +108,8 @@ class Adapter:
     def encode(self, text: str, pixels: Uint8Array | None, stamp: Stamp | None = None) -> Encoded:
         """Turn a rendered prompt and its image into the model's inputs, without padding or truncation.
 
-        text: from `render`. pixels: uint8 [H, W, 3], or None for a sample without image; `stamp` is laid on them. Raises
-        RejectedSample for an image without a place in the text or the other way round, for what the processor
+        text: from `render`. pixels: uint8 [H, W, 3], or None for a sample without image; `stamp` is laid on them.
+        Raises RejectedSample for an image without a place in the text or the other way round, for what the processor
         refuses (such as an image of an extreme shape), and for a prompt that is longer than the model takes.
         """
         if pixels is not None and not self.has_vision:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from mmextract.engine.preprocess import Geometry, ImagePlan, NoPlanError
+from mmextract.engine.preprocess import Geometry, NoPlanError
 from mmextract.engine.preprocess_host import HostPath, on_canvas
 from mmextract.engine.watermark import Stamp
 from mmextract.kernels import fields

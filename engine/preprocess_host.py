@@ -98,7 +98,6 @@ def _resize(plan: ImagePlan, geometry: Geometry, image: Uint8Array) -> Uint8Arra
     if plan.backend == "pillow":
         return np.asarray(Image.fromarray(image).resize((width, height), plan.resample))
     from torchvision.transforms.v2 import functional
-
     from transformers.image_utils import pil_torch_interpolation_mapping
 
     writeable = image if image.flags.writeable else image.copy()  # torch warns of any other
@@ -161,7 +160,9 @@ def _fill_table(plan: ImagePlan, image_processor: Any) -> torch.Tensor:
 
 def _find_affine(lut: torch.Tensor, image_processor: Any) -> Affine | None:
     """Return mean and deviation as torchvision's backend fuses them, if they give the whole table to the bit."""
-    settings = [getattr(image_processor, name, None) for name in ("image_mean", "image_std", "rescale_factor")]
+    settings = [
+        getattr(image_processor, name, None) for name in ("image_mean", "image_std", "rescale_factor")
+    ]
     if any(value is None for value in settings) or lut.dtype != torch.float32:
         return None
     mean, std = (torch.tensor(value) * (1.0 / settings[2]) for value in settings[:2])
