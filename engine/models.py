@@ -142,8 +142,7 @@ class Adapter:
         """Add pixel_values, or the image that they are made of later."""
         host, device = self.preprocessing.host, self.preprocessing.device
         assert host is not None
-        waiting = device and device.wait(pixels, stamp)
-        if device is not None and waiting is not None:
+        if device is not None and (waiting := device.wait(pixels, stamp)) is not None:
             return replace(encoded, waiting=waiting, pixel_shape=device.shape(waiting))
         values = host.pixel_values(pixels if stamp is None else stamp.on(pixels))
         return replace(encoded, inputs={**encoded.inputs, "pixel_values": values})

@@ -49,9 +49,9 @@ def find_objection(device: torch.device, states: torch.dtype, stored: torch.dtyp
 
     What is one token must equal what torch gives; a mean must be as near to the mean in float64 as float32 allows.
     """
-    from mmextract.kernels.triton_support import INTERPRETED, triton
+    from mmextract.kernels.triton_support import INTERPRETED, tl
 
-    if triton is None or (device.type != "cuda" and not INTERPRETED):
+    if tl is None or (device.type != "cuda" and not INTERPRETED):
         return "no GPU with Triton"
     if states not in DTYPES or stored not in DTYPES:
         return f"states of {states} stored as {stored}"

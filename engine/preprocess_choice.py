@@ -118,9 +118,9 @@ def _check_kernels(path: DevicePath, image_processor: Any) -> None:
     glyphs = np.random.default_rng(1).integers(0, 256, (9, 23), np.uint8)
     batches: dict[tuple[int, ...], list[tuple[Waiting, torch.Tensor]]] = {}
     for number, size in enumerate(check_sizes(plan)):
-        places = [(size[1] // 3, size[0] // 3), (-5, -2), (size[1] - 4, size[0] - 3)]
+        places = [(0, 0), (-5, -2), (size[1] - 4, size[0] - 3)]
         if plan.background is not None:
-            places = places[:1]  # on a canvas the part of a mask outside of the image would be seen
+            places = places[:1]  # a mask that crosses an edge is composited on the CPU
         x, y = places[number % len(places)]
         stamp = Stamp(alpha=glyphs[: size[0], : size[1]], x=x, y=y, color=(255, 240, 10))
         pixels = check_image(*size)
@@ -138,9 +138,12 @@ def _check_kernels(path: DevicePath, image_processor: Any) -> None:
 
 def check_sizes(plan: ImagePlan) -> list[tuple[int, int]]:
     """Return sizes that every branch of a resize is tried with, and that its processor takes."""
-    target = plan.geometry(240, 320).window[2:]
-    wanted = [(31, 47), (333, 517), (502, 223), (30, 290), (290, 30), (2, 3), (target[0], target[1])]
-    wanted += [(target[0] + 1, target[1] - 1)] if target[1] > 1 else []
+    _, _, height, width = plan.geometry(240, 320).window
+    larger = [(2 * height + 5, 3 * width + 2), (3 * height + 1, width // 2 + 3)]
+    smaller = [(height // 2 + 3, width // 3 + 1), (2, 3)]
+    narrow = [(height // 11 + 2, width + 2), (height + 2, width // 11 + 2)]
+    near = [(height, width), (height + 1, max(width - 1, 1))]
+    wanted = [*larger, *smaller, *narrow, *near]
     return [size for size in wanted if _is_taken(plan, size)]
 
 
@@ -158,4 +161,6 @@ def check_image(height: int, width: int) -> Uint8Array:
     rows, columns = np.mgrid[:height, :width]
     smooth = 127 + 120 * np.sin(rows / 17)[..., None] * np.cos(columns[..., None] / (11 + np.arange(3) * 5))
     noise = rng.integers(-90, 91, (height, width, 3))
-    return np.clip(smooth + noise * (rng.random((height, width, 1)) < 0.5), 0, 255).astype(np.uint8)
+    speckled = np.clip(smooth + noise * (rng.random((height, width, 1)) < 0.5), 0, 255)
+    levels: Uint8Array = speckled.astype(np.uint8)
+    return levels

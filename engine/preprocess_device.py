@@ -26,7 +26,7 @@ from mmextract.kernels.resize_second import resize_second
 ALIGNMENT = 16
 """Bytes at whose multiples an image begins, so that the kernels can load vectors."""
 GLYPH_BYTES = 16 << 20
-"""Room for glyph masks on the device; it grows if one batch alone needs more."""
+"""Room for glyph masks on a device: those of hundreds of identities."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +72,14 @@ class DevicePath:
         """Of pixel_values: the model's own, to which they would be cast anyway."""
 
     def wait(self, pixels: Uint8Array, stamp: Stamp | None) -> Waiting | None:
-        """Return an image in waiting, None for one that is larger than the kernels can address.
+        """Return an image in waiting; None for one that only the CPU can preprocess, such as a very wide one.
 
         Raises ValueError, in the processor's words, for one that the processor refuses.
         """
         plan_ = self.host.plan
         geometry = plan_.geometry(*pixels.shape[:2])
+        if stamp is not None and geometry.canvas != pixels.shape[:2] and not _is_within(stamp, pixels):
+            return None  # what lies beyond the image would be seen on its canvas
         try:
             picture = _picture(geometry, stamp)
         except ValueError:
@@ -127,6 +129,8 @@ class GlyphCache:
     """Alpha masks on a device, each copied there once, as long as there is room for them."""
 
     device: torch.device
+    room: int = GLYPH_BYTES
+    """Bytes of all masks; more if one batch alone needs more."""
     _masks: torch.Tensor = field(init=False)
     _places: dict[int, tuple[int, Uint8Array]] = field(default_factory=dict)
     """id of an array → its offset, and the array, so that no other one gets its id."""
@@ -160,13 +164,13 @@ class GlyphCache:
         self._used = 0
         needed = self._size_of_missing(alphas)
         if needed > len(self._masks):
-            self._masks = torch.empty(max(GLYPH_BYTES, needed), dtype=torch.uint8, device=self.device)
+            self._masks = torch.empty(max(self.room, needed), dtype=torch.uint8, device=self.device)
 
 
 def _require(host: HostPath, device: torch.device) -> None:
-    from mmextract.kernels.triton_support import INTERPRETED, triton
+    from mmextract.kernels.triton_support import INTERPRETED, tl
 
-    if triton is None:
+    if tl is None:
         raise NoPlanError("Triton is not installed: pip install 'mmextract[triton]' (Linux only)")
     if device.type != "cuda" and not INTERPRETED:
         raise NoPlanError(f"the kernels run on a GPU, and the model is on {device}")
@@ -174,6 +178,11 @@ def _require(host: HostPath, device: torch.device) -> None:
         raise NoPlanError(f"the kernels have no filter like Pillow's number {host.plan.resample}")
     if not host.lut.is_floating_point():
         raise NoPlanError(f"the processor gives {host.lut.dtype}, not floating point numbers")
+
+
+def _is_within(stamp: Stamp, pixels: Uint8Array) -> bool:
+    height, width = stamp.alpha.shape
+    return 0 <= stamp.x <= pixels.shape[1] - width and 0 <= stamp.y <= pixels.shape[0] - height
 
 
 def _picture(geometry: Geometry, stamp: Stamp | None) -> Picture:

@@ -160,12 +160,11 @@ def _fill_table(plan: ImagePlan, image_processor: Any) -> torch.Tensor:
 
 def _find_affine(lut: torch.Tensor, image_processor: Any) -> Affine | None:
     """Return mean and deviation as torchvision's backend fuses them, if they give the whole table to the bit."""
-    settings = [
-        getattr(image_processor, name, None) for name in ("image_mean", "image_std", "rescale_factor")
-    ]
-    if any(value is None for value in settings) or lut.dtype != torch.float32:
+    names = ("image_mean", "image_std", "rescale_factor")
+    mean, std, scale = (getattr(image_processor, name, None) for name in names)
+    if mean is None or std is None or scale is None or lut.dtype != torch.float32:
         return None
-    mean, std = (torch.tensor(value) * (1.0 / settings[2]) for value in settings[:2])
+    mean, std = (torch.tensor(value) * (1.0 / scale) for value in (mean, std))
     if mean.shape != (3,) or std.shape != (3,):
         return None
     tried = torch.arange(256).float().expand(3, 256).clone().sub_(mean[:, None]).div_(std[:, None])
