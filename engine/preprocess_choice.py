@@ -138,13 +138,22 @@ def _check_kernels(path: DevicePath, image_processor: Any) -> None:
 
 def check_sizes(plan: ImagePlan) -> list[tuple[int, int]]:
     """Return sizes that every branch of a resize is tried with, and that its processor takes."""
-    _, _, height, width = plan.geometry(240, 320).window
-    larger = [(2 * height + 5, 3 * width + 2), (3 * height + 1, width // 2 + 3)]
-    smaller = [(height // 2 + 3, width // 3 + 1), (2, 3)]
-    narrow = [(height // 11 + 2, width + 2), (height + 2, width // 11 + 2)]
+    side = _first_shrunk(plan)
+    height, width = plan.geometry(side, side).window[2:]
+    larger = [(side + 5, 3 * side // 2 + 2), (2 * side + 1, side // 2 + 3)]
+    smaller = [(side // 5 + 3, side // 7 + 1), (2, 3)]
+    narrow = [(side // 11 + 2, side), (side, side // 11 + 2)]
     near = [(height, width), (height + 1, max(width - 1, 1))]
     wanted = [*larger, *smaller, *narrow, *near]
     return [size for size in wanted if _is_taken(plan, size)]
+
+
+def _first_shrunk(plan: ImagePlan) -> int:
+    """Return the side of a square that comes out smaller than it was, if there is one of a few megapixels."""
+    side = 32
+    while side < 2048 and plan.geometry(side, side).resized[0] >= side:
+        side += side // 4
+    return side
 
 
 def _is_taken(plan: ImagePlan, size: tuple[int, int]) -> bool:

@@ -139,7 +139,9 @@ def save_llava(
     return folder
 
 
-def save_qwen2_vl(folder: Path, *, padding_side: str = "left", seed: int = 0) -> Path:
+def save_qwen2_vl(
+    folder: Path, *, padding_side: str = "left", seed: int = 0, most_image_tokens: int = 16
+) -> Path:
     """Save a Qwen2-VL: any image becomes 1 to 16 image tokens of 28 × 28 pixels; no BOS."""
     names = (
         "<|im_start|>",
@@ -170,7 +172,7 @@ def save_qwen2_vl(folder: Path, *, padding_side: str = "left", seed: int = 0) ->
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
     )
-    pixels = {"shortest_edge": 28 * 28, "longest_edge": 16 * 28 * 28}
+    pixels = {"shortest_edge": 28 * 28, "longest_edge": most_image_tokens * 28 * 28}
     hf.Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
     hf.Qwen2VLProcessor(
         image_processor=hf.Qwen2VLImageProcessor(size=pixels),

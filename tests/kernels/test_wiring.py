@@ -28,7 +28,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("wired")
     return {
         "llava": tiny_models.save_llava(root / "llava"),
-        "qwen2-vl": tiny_models.save_qwen2_vl(root / "qwen2-vl"),
+        "qwen2-vl": tiny_models.save_qwen2_vl(root / "qwen2-vl", most_image_tokens=4),
         "padded": tiny_models.save_llava(root / "padded", pad_to_square=True),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mmextract.kernels.reference import Uint8Array
 Sample = tuple[str, Uint8Array, Stamp | None]
 
 
+@lru_cache
 def adapter_of(folder: Path, preprocess: str) -> Adapter:
     return load(ModelSpec(model=str(folder), device="cpu", preprocess=preprocess))
 
