@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def measure(processor: Any, images: Sequence[Uint8Array], threads: int, repeats:
     single: dict[str, list[float]] = {"processor": [], "ours": []}
     for pixels in images:
         found = alternate(
-            {"processor": lambda p=pixels: theirs(p), "ours": lambda p=pixels: ours(p)}, repeats=repeats
+            {"processor": partial(theirs, pixels), "ours": partial(ours, pixels)}, repeats=repeats
         )
         for name, timing in found.items():
             single[name].append(timing.median)

@@ -63,8 +63,8 @@ def _tried(slices: list[slice], work: Callable[[slice], Result]) -> list[Result]
         return [work(part) for part in slices]
     except torch.OutOfMemoryError:
         pass  # outside of the handler, for the traceback keeps the tensors of its frames alive
-    gc.collect()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
     return None
 

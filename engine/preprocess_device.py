@@ -181,8 +181,8 @@ def _require(host: HostPath, device: torch.device) -> None:
 
 
 def _is_within(stamp: Stamp, pixels: Uint8Array) -> bool:
-    height, width = stamp.alpha.shape
-    return 0 <= stamp.x <= pixels.shape[1] - width and 0 <= stamp.y <= pixels.shape[0] - height
+    (height, width), (rows, columns) = stamp.alpha.shape, pixels.shape[:2]
+    return stamp.x >= 0 and stamp.y >= 0 and stamp.x + width <= columns and stamp.y + height <= rows
 
 
 def _picture(geometry: Geometry, stamp: Stamp | None) -> Picture:

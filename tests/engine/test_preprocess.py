@@ -105,17 +105,20 @@ def test_the_two_operations_that_replace_the_table_are_used_only_where_they_give
     assert make_host_path(derive_plan(rounded), rounded).affine is None
 
 
-class OwnResize(hf.CLIPImageProcessor):
+Clip: Any = hf.CLIPImageProcessor
+
+
+class OwnResize(Clip):  # type: ignore[misc]
     def resize(self, *args: Any, **kwargs: Any) -> Any:
         return super().resize(*args, **kwargs)
 
 
-class OwnSteps(hf.CLIPImageProcessor):
+class OwnSteps(Clip):  # type: ignore[misc]
     def _preprocess(self, *args: Any, **kwargs: Any) -> Any:
         return super()._preprocess(*args, **kwargs)
 
 
-class Mirrored(hf.CLIPImageProcessor):
+class Mirrored(Clip):  # type: ignore[misc]
     """A processor whose steps look like transformers' own, and that does more for wide images."""
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> Any:

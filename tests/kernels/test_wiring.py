@@ -63,7 +63,10 @@ def test_an_image_that_the_kernels_cannot_take_joins_its_batch_all_the_same(
     given = samples("llava")[:3]
     wanted = wired.collated(folders["llava"], "processor", given)[0]["pixel_values"]
     assert torch.equal(interpreter(wired.with_one_on_the_cpu, folders["llava"], given), wanted)
-    assert interpreter(wired.largest_the_kernels_take, folders["llava"]) == (True, False)
+    assert interpreter(wired.waits_when_wide, folders["llava"], 50)
+    assert not interpreter(
+        wired.waits_when_wide, folders["llava"], 2**25
+    )  # wider than a row that they can address
 
 
 def test_what_the_processor_refuses_is_refused_in_its_words(
