@@ -82,10 +82,10 @@ def _stop(signal_number: int, frame: FrameType | None) -> NoReturn:
 
 def main() -> NoReturn:
     """Run the command line; a user's mistake is one message and an exit code, never a traceback."""
-    signal.signal(signal.SIGTERM, _stop)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have it ignored
-        signal.signal(signal.SIGINT, _stop)
     try:
+        signal.signal(signal.SIGTERM, _stop)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have it ignored
+            signal.signal(signal.SIGINT, _stop)
         result = group.main(standalone_mode=False)
     except (click.Abort, KeyboardInterrupt):
         print("Interrupted. Run the same command again to continue.", file=sys.stderr)
