@@ -238,6 +238,7 @@ def _summary_record(summary: DumpSummary, output: str) -> dict[str, Any]:
         "n_samples": summary.n_samples,
         "n_resumed": summary.n_resumed,
         "n_nonfinite": summary.n_nonfinite,
+        "nonfinite_layers": summary.nonfinite_layers,
         "n_split": summary.n_split,
         "bytes_written": summary.bytes_written,
         "seconds": summary.seconds,
@@ -259,7 +260,10 @@ def _summary_text(summary: DumpSummary, output: str) -> str:
         f"bottleneck: {summary.bottleneck} (waited for {shares})",
     ]
     if summary.n_nonfinite:
-        lines.append(f"{summary.n_nonfinite} samples hold a NaN or an infinity: see the column n_nonfinite")
+        layers = ", ".join(f"{layer}: {count:,}" for layer, count in summary.nonfinite_layers.items())
+        lines.append(
+            f"{summary.n_nonfinite} samples hold a NaN or an infinity (by layer: {layers}): see the column n_nonfinite"
+        )
     if summary.n_split:
         lines.append(
             f"{summary.n_split} batches did not fit into the GPU's memory and ran in parts: a smaller --batch-size "

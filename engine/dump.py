@@ -157,6 +157,8 @@ class DumpSummary:
     """Sample id → why it has no states, for the whole store."""
     n_nonfinite: int = 0
     """Samples of this run that hold a NaN or an infinity."""
+    nonfinite_layers: Mapping[int, int] = field(default_factory=dict)
+    """Layer → samples of this run that hold one there."""
     n_split: int = 0
     """Batches of this run that the GPU had no room for, and that ran in parts."""
     stage_seconds: dict[str, float] = field(default_factory=dict)
@@ -307,6 +309,7 @@ def run_with(
         n_resumed=sum(len(plan.layout.rows(shard)) for shard in committed),
         bytes_written=written.bytes_written,
         n_nonfinite=written.n_nonfinite,
+        nonfinite_layers=dict(sorted(written.nonfinite_layers.items())),
         n_split=written.n_split,
         stage_seconds=written.stage_seconds,
         rejected={plan.rows[row].id: reason for row, reason in reasons.items()},

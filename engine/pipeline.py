@@ -8,7 +8,7 @@ is planned, nor about where its shards are computed.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -70,6 +70,8 @@ class Written:
     """Bytes of encoded states."""
     n_nonfinite: int = 0
     """Samples that hold a NaN or an infinity."""
+    nonfinite_layers: Counter[int] = field(default_factory=Counter)
+    """Of these, how many do at a layer."""
     n_split: int = 0
     """Batches that the GPU had no room for, and that ran in parts."""
     stage_seconds: dict[str, float] = field(default_factory=dict)
@@ -79,6 +81,7 @@ class Written:
         """Add what was done for other shards."""
         self.bytes_written += other.bytes_written
         self.n_nonfinite += other.n_nonfinite
+        self.nonfinite_layers += other.nonfinite_layers
         self.n_split += other.n_split
         for stage, seconds in other.stage_seconds.items():
             self.stage_seconds[stage] = self.stage_seconds.get(stage, 0.0) + seconds
@@ -153,6 +156,7 @@ def write_shards(
     return Written(
         bytes_written=assembler.bytes_written,
         n_nonfinite=assembler.n_nonfinite,
+        nonfinite_layers=assembler.nonfinite_layers,
         n_split=parts.n_split,
         stage_seconds=stage_seconds,
     )
@@ -161,13 +165,13 @@ def write_shards(
 def _capture(
     capture: Capture, parts: Parts, ready: Sequence[_Ready], packed: Packed | None, out: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fill the first rows of `out` with a batch's states; return how many are not finite, and overflow, int32 [B]."""
+    """Fill the first rows of `out` with states; return how many are not finite, int32 [B, L], and overflow, [B]."""
     batch = [item.encoded for item in ready]
 
     def run(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         is_whole = rows == slice(0, len(batch))
         capture.run(batch[rows], out=out[rows], packed=packed if is_whole else None)
-        return capture.nonfinite.sum(1), capture.overflow.sum(1)
+        return capture.nonfinite.clone(), capture.overflow.sum(1)
 
     found = parts.run(batch[0].batch_key, len(batch), run)
     nonfinite, overflow = zip(*found, strict=True)
