@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--torch-threads", type=click.IntRange(min=1), help="Threads that torch computes in on a CPU.")
 @click.option(
     "--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Longest answer."
 )
@@ -64,6 +65,8 @@ def evaluate(data: Path | None, output: Path, **options: Any) -> int:
     """
     from transformers.utils.logging import disable_progress_bar
 
+    from mmextract.engine.pipeline import torch_threads
+
     as_json = options.pop("json")
     task, dataset, marking = _read(data, options)
     models = _models(data, options)
@@ -72,12 +75,13 @@ def evaluate(data: Path | None, output: Path, **options: Any) -> int:
     disable_progress_bar()
     results: dict[str, TaskResult] = {}
     prompts: dict[str, list[PromptRow]] = {}
-    for name, spec in models.items():
-        result, rows = _run(name, spec, task, dataset, marking, options)
-        if result is not None:
-            results[name] = result
-        if rows is not None:
-            prompts[name] = rows
+    with torch_threads(options["torch_threads"]):
+        for name, spec in models.items():
+            result, rows = _run(name, spec, task, dataset, marking, options)
+            if result is not None:
+                results[name] = result
+            if rows is not None:
+                prompts[name] = rows
     record = make_record(task, results, prompts, options)
     write_files(output, record, results, prompts)
     click.echo(json.dumps(record) if as_json else f"{make_table(record)}\n\n{output / 'evaluation.json'}")

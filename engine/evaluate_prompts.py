@@ -133,8 +133,11 @@ def exposure(true_value: float, references: Sequence[float]) -> float:
     """Return log2 |R| − log2 rank, R the truth and the references; a tie counts half. NaN without references."""
     if not references:
         return math.nan
-    rank = 1 + sum(value > true_value for value in references)
-    rank += sum(value == true_value for value in references) / 2
+    above, tied = (
+        sum(value > true_value for value in references),
+        sum(value == true_value for value in references),
+    )
+    rank = 1 + above + tied / 2
     return math.log2(len(references) + 1) - math.log2(rank)
 
 

@@ -137,5 +137,5 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = xxhash.xxh3_128()
     for name in sorted(tensors):
         digest.update(f"{name}\0".encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        digest.update(memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()

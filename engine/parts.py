@@ -32,15 +32,16 @@ def part_of(model: Any, name: str) -> Part:
 
 def name_of(model: nn.Module, wanted: nn.Module) -> str:
     """Return the name of a module of `model`. Raises LookupError if it is none of it."""
-    for name, module in model.named_modules():
-        if module is wanted:
-            return name
+    names = {id(module): name for name, module in model.named_modules()}
+    if id(wanted) in names:
+        return names[id(wanted)]
     raise LookupError(f"{type(wanted).__name__} is no module of {type(model).__name__}")
 
 
 def decoder_blocks(model: Any) -> str:
     """Return the name of the list of decoder blocks."""
-    return name_of(model, find_decoder_layers(model))
+    blocks: nn.Module = find_decoder_layers(model)
+    return name_of(model, blocks)
 
 
 def find_projectors(model: nn.Module) -> list[str]:

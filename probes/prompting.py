@@ -56,11 +56,12 @@ def separate(
     values, seen, group = values[kept], seen[kept], group[kept]
     names, group = np.unique(group, return_inverse=True)
     wins, pairs = _by_group(values, seen, group, len(names))
-    counts = np.random.default_rng([seed, 3]).multinomial(
-        len(names), np.full(len(names), 1 / max(1, len(names))), size=n_resamples if len(names) > 1 else 0
-    )
-    replicates = _auroc(counts.astype(np.float64), wins, pairs)
-    replicates = replicates[~np.isnan(replicates)]
+    replicates = np.empty(0)
+    if len(names) > 1:
+        rng = np.random.default_rng([seed, 3])
+        counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=n_resamples)
+        replicates = _auroc(counts.astype(np.float64), wins, pairs)
+        replicates = replicates[~np.isnan(replicates)]
     tail = (1 - confidence) / 2
     low, high = np.quantile(replicates, [tail, 1 - tail]) if len(replicates) else (np.nan, np.nan)
     return Separation(
