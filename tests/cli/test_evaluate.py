@@ -14,7 +14,7 @@ from tests.engine.finetune_cases import save_questions
 from tests.engine.test_evaluate_formats import save_mme, save_scienceqa
 
 Run = Callable[..., Ran]
-ONE = (*ONE, "--torch-threads", 1)
+ONE = ("--device", "cpu", "--torch-threads", 1)
 
 
 @pytest.fixture
