@@ -79,6 +79,7 @@ class Preparer:
             raise RejectedSample(
                 f"it has {encoded.n_tokens} tokens, and --max-length is {self.max_length}: answers are never cut"
             )
+        assert pixels is None or encoded.inputs.keys() - PER_TOKEN, "the image is not among the inputs"
         ids = encoded.inputs["input_ids"][0]
         labels = torch.full_like(ids, IGNORED)
         for start, end in answered.spans:
