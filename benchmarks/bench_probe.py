@@ -1,14 +1,18 @@
 """Our solvers against loops of scikit-learn fits: `python benchmarks/bench_probe.py`.
 
-One core, and processor seconds, which a busy machine distorts less than time on the clock. Figures are ratios
-at the KKT residual that is printed beside them; a residual is the largest entry of the gradient over C·m in the
-scaled features, an excess how far the objective stands above the lowest one found. States are synthetic, with a
-spectrum that falls as a power law.
+One core, and processor seconds, which a busy machine distorts less than time on the clock; the run over a whole
+store takes as many workers as there are cores, and time on the clock. Figures are ratios at the KKT residual that is
+printed beside them; a residual is the largest entry of the gradient over C·m in the scaled features, an excess how
+far the objective stands above the lowest one found. The limit is the arithmetic that is left: a Gram matrix for each
+training set and a factor for each fit, at the speed of a matrix product measured here. States are synthetic, with a
+spectrum that falls as a power law, and with --real those of SmolLM2, whose exponent is printed too.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,84 +23,41 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from states import sentence_states
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from harness import alternate, save, show
-from mmextract.probes.choice import choose
-from mmextract.probes.dual import DualSolver
+from mmextract.probes.choice import DUAL_BELOW, choose, find_device
+from mmextract.probes.dual import FEW_LABELS, DualSolver
 from mmextract.probes.primal import PrimalSolver
-from mmextract.probes.solvers import FloatArray, IntArray, Job, SklearnSolver, Solution, Solver, kkt_residual
+from mmextract.probes.settings import ProbeSettings
+from mmextract.probes.solvers import FloatArray, IntArray, Job, SklearnSolver, Solution
+from probe_store import measure_memory, probe_layers, solve_stored, write_store
+from probe_work import FLAT, FOLDS, PENALTIES, STEEP, loop, make_jobs, make_states, objective, solve
 
-PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-FOLDS = 5
-FLAT, STEEP = 0.5, 1.0
-"""Decay of the spectrum: on a flat one L-BFGS has an easy time, on a steep one it needs thousands of iterations."""
 PAPER_LAYERS = 33
 CONTROLS = 4
 """Shuffled labels, each fitted 5 × 5 times: 100 control fits."""
 
 
-def make_states(
-    n: int, d: int, n_classes: int = 2, *, decay: float = STEEP, seed: int = 0
-) -> tuple[FloatArray, IntArray]:
-    """Return states [n, d], whose k-th direction has size k^−decay, and classes [n] that the first 20 hint at."""
-    rng = np.random.default_rng(seed)
-    rank = min(n, d)
-    latent = rng.normal(size=(n, rank)) * np.arange(1, rank + 1) ** -decay
-    first = latent[:, :20]
-    logits = first @ rng.normal(size=(first.shape[1], n_classes)) / 2 + rng.gumbel(size=(n, n_classes))
-    x = latent @ rng.normal(size=(rank, d)) + 0.01 * rng.normal(size=(n, d))
-    return x * rng.lognormal(size=d) + rng.normal(size=d), logits.argmax(1)
+def measure_flops() -> float:
+    """Return the double-precision operations a second of a matrix product."""
+    x = np.random.default_rng(0).normal(size=(1500, 1500))
+    seconds = alternate({"product": lambda: x @ x.copy().T}, repeats=3, clock=time.process_time)["product"]
+    return 2 * 1500**3 / min(seconds.seconds)
 
 
-def make_jobs(y: IntArray, n_sets: int, labels: int = 1) -> list[Job]:
-    """Return one job a fold and label: the label itself first, then shuffled ones."""
-    rng = np.random.default_rng(1)
-    shuffled = [y, *(rng.permutation(y) for _ in range(labels - 1))]
-    rows = [np.flatnonzero(np.arange(len(y)) % FOLDS != fold) for fold in range(n_sets)]
-    return [Job(rows=r, y=some[r], penalties=PENALTIES) for r in rows for some in shuffled]
+def measure_decay(x: FloatArray) -> float:
+    """Return the exponent of the power law by which the scaled features' singular values fall."""
+    values = np.linalg.svd(StandardScaler().fit_transform(x), compute_uv=False)
+    k = np.arange(3, max(5, int(0.8 * len(values))))
+    return float(-np.polyfit(np.log(k), np.log(values[k - 1]), 1)[0])
 
 
-def solve(solver: Solver, x: FloatArray, jobs: Sequence[Job]) -> list[list[Solution]]:
-    """Return what the solver finds."""
-    return list(solver.solve(x, jobs))
-
-
-def loop(x: FloatArray, jobs: Sequence[Job], **options: Any) -> list[list[Solution]]:
-    """Fit each penalty of each job by itself, as people do; the residual and the features' scale come after."""
-    found = []
-    for job in jobs:
-        scaler = StandardScaler().fit(x[job.rows])
-        z = scaler.transform(x[job.rows])
-        models = [LogisticRegression(C=c, max_iter=100_000, **options).fit(z, job.y) for c in job.penalties]
-        found.append([_convert(model, scaler, z, job.y) for model in models])
-    return found
-
-
-def _convert(model: LogisticRegression, scaler: StandardScaler, z: FloatArray, y: IntArray) -> Solution:
-    coefficients = model.coef_.T / scaler.scale_[:, None]
-    return Solution(
-        penalty=model.C,
-        coefficients=coefficients,
-        intercept=model.intercept_ - scaler.mean_ @ coefficients,
-        n_iter=int(model.n_iter_.max()),
-        method="loop",
-        residual=kkt_residual(z, y, model.C, model.coef_.T, model.intercept_),
-    )
-
-
-def objective(x: FloatArray, job: Job, solution: Solution) -> float:
-    """Return ½‖w‖² + C·Σ loss, in scaled features, of a binary probe."""
-    w = solution.coefficients[:, 0] * StandardScaler().fit(x[job.rows]).scale_
-    logits = solution.decide(x[job.rows])[:, 0]
-    return float(w @ w / 2 + solution.penalty * np.logaddexp(0, np.where(job.y == 1, -logits, logits)).sum())
-
-
-def compare(n: int, d: int, decay: float, n_sets: int, repeats: int) -> dict[str, Any]:
+def compare(x: FloatArray, y: IntArray, n_sets: int, repeats: int, flops: float) -> dict[str, Any]:
     """Return speed and residuals of `auto`'s choice and of scikit-learn's L-BFGS at two tolerances."""
-    x, y = make_states(n, d, decay=decay)
+    n, d = x.shape
     jobs = make_jobs(y, n_sets)
     solver = DualSolver() if choose(len(jobs[0].rows), d, "cpu") == "dual" else PrimalSolver()
     found: dict[str, list[list[Solution]]] = {}
@@ -116,9 +77,13 @@ def compare(n: int, d: int, decay: float, n_sets: int, repeats: int) -> dict[str
     ours = timings["ours"].median
     decided = {name: np.stack([s.decide(x)[:, 0] for s in solutions]) for name, solutions in flat.items()}
     tight = decided["lbfgs, tol 1e-8"]
+    m = len(jobs[0].rows)
+    least = len(jobs) * (m**2 * d + len(PENALTIES) * m**3 / 3) / flops
     return {
         "shape": [n, d],
-        "decay": decay,
+        "decay": measure_decay(x),
+        "seconds at the limit": least,
+        "limit over ours": least / ours,
         "fits": len(owner),
         "method": flat["ours"][0].method,
         "seconds": {name: list(timing.seconds) for name, timing in timings.items()},
@@ -181,11 +146,57 @@ def cross(d: int, shares: Sequence[float]) -> dict[str, dict[str, float]]:
     return found
 
 
+def cross_labels(m: int, d: int, counts: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Return processor ms a fit of `dual`, with factors and with eigenvectors, by label vectors of a training set."""
+    x, y = make_states(m, d)
+    found = {}
+    for count in counts:
+        rng = np.random.default_rng(2)
+        jobs = [Job(rows=np.arange(m), y=rng.permutation(y), penalties=PENALTIES) for _ in range(count)]
+        ways = {"factors": DualSolver(few_labels=count), "eigenvectors": DualSolver(few_labels=0)}
+        work = {name: partial(solve, solver, x, jobs) for name, solver in ways.items()}
+        timings = alternate(work, repeats=1, clock=time.process_time)
+        found[str(count)] = {
+            name: timing.median / count / len(PENALTIES) * 1e3 for name, timing in timings.items()
+        }
+    return found
+
+
+def compare_real(n: int, d: int, n_sets: int, repeats: int, flops: float) -> dict[str, dict[str, Any]]:
+    """Return what `compare` finds for a layer of SmolLM2, at as few samples a feature, and for layers side by side."""
+    with tempfile.TemporaryDirectory() as folder:
+        states, y = sentence_states(n, Path(folder))  # [n, L, D]
+    layer = states[: round(n * states.shape[2] / d), states.shape[1] // 2].astype(np.float64)
+    side = states[:, :: max(1, states.shape[1] * states.shape[2] // d)].reshape(n, -1)[:, :d]
+    return {
+        "SmolLM2, middle layer": compare(layer, y[: len(layer)], n_sets, repeats, flops),
+        "SmolLM2, layers side by side": compare(side.astype(np.float64), y, n_sets, repeats, flops),
+    }
+
+
+def run_store_parts(arguments: argparse.Namespace, flops: float) -> dict[str, Any]:
+    """Return what `probe_store` measures on stores of the sizes asked for."""
+    cores = os.cpu_count() or 1
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        store = write_store(
+            Path(folder) / "a.zarr", arguments.samples, arguments.layers, arguments.layer_features, STEEP
+        )
+        n, n_layers, d = arguments.stored
+        tall = write_store(Path(folder) / "b.zarr", n, n_layers, d, STEEP)
+        settings = ProbeSettings(penalties=PENALTIES, repeats=1)
+        return {
+            "memory": measure_memory(store, settings),
+            "stored": solve_stored(tall, PENALTIES, FOLDS, flops),
+            "layers": probe_layers(store, settings, cores),
+        }
+
+
 def show_speed(name: str, found: dict[str, Any]) -> None:
     """Print what `compare` found."""
     n, d = found["shape"]
     show(
-        f"{found['fits']} fits, {n} samples × {d} features, {name} spectrum ({found['method']})",
+        f"{found['fits']} fits, {n} samples × {d} features, {name}, decay {found['decay']:.2f} "
+        f"({found['method']}; limit ÷ ours {found['limit over ours']:.2f})",
         ("", "processor s", "ours ÷ it", "KKT residual", "excess", "most steps", "predictions that differ"),
         [
             (
@@ -212,6 +223,20 @@ def main() -> None:
     parser.add_argument(
         "--cross", type=int, nargs="*", default=[64, 512], help="features at which solvers cross"
     )
+    parser.add_argument("--labels", type=int, nargs="*", default=[1, 4, 8, 16], help="at which `dual` turns")
+    parser.add_argument(
+        "--layers", type=int, default=PAPER_LAYERS, help="of the store that is probed as a whole"
+    )
+    parser.add_argument(
+        "--stored",
+        type=int,
+        nargs=3,
+        default=[20_000, 1, 512],
+        metavar=("SAMPLES", "LAYERS", "FEATURES"),
+        help="of the store that is read block by block",
+    )
+    parser.add_argument("--real", action="store_true", help="measure SmolLM2's states too")
+    parser.add_argument("--folder", type=Path, help="where stores are written; a temporary folder by default")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the figures there too")
     arguments = parser.parse_args()
@@ -220,11 +245,16 @@ def main() -> None:
         warnings.simplefilter("ignore", ConvergenceWarning)
         agreement = agree(300, 20)
         crossings = {str(d): cross(d, (0.5, 1, 2, 4)) for d in arguments.cross}
+        turns = cross_labels(round(arguments.samples * 0.8), arguments.features, arguments.labels)
         layer = extrapolate(arguments.samples, arguments.layer_features, PAPER_LAYERS)
+        flops, sizes = measure_flops(), (arguments.sets, arguments.repeats)
         speed = {
-            name: compare(arguments.samples, arguments.features, decay, arguments.sets, arguments.repeats)
+            name: compare(*make_states(arguments.samples, arguments.features, decay=decay), *sizes, flops)
             for name, decay in (("flat", FLAT), ("steep", STEEP))
         }
+        if arguments.real:
+            speed |= compare_real(arguments.samples, arguments.features, *sizes, flops)
+        stored = run_store_parts(arguments, flops)
     for name, found in speed.items():
         show_speed(name, found)
     show("coefficients against newton-cholesky", ("", "largest relative distance"), list(agreement.items()))
@@ -236,7 +266,31 @@ def main() -> None:
             ("", *names),
             [(share, *(row[name] for name in names)) for share, row in shares.items()],
         )
-    save(arguments.json, {"speed": speed, "agreement": agreement, "layer": layer, "crossings": crossings})
+    show(
+        "processor ms a fit of `dual`, by label vectors a training set",
+        ("", "factors", "eigenvectors"),
+        [(count, row["factors"], row["eigenvectors"]) for count, row in turns.items()],
+    )
+    print(
+        f"auto takes dual below {DUAL_BELOW['cpu']} training samples a feature; with factors to {FEW_LABELS} labels"
+    )
+    for title, name in (
+        ("a whole run over a store, on all cores", "layers"),
+        ("peak memory of a worker", "memory"),
+        ("a layer that is read block by block, on one core", "stored"),
+    ):
+        show(title, ("", ""), list(stored[name].items()))
+    print(f"limits are those of {flops / 1e9:.0f} GFLOP/s in double precision, on one core")
+    if find_device() == "cpu":
+        print("cuML: not measured, there is no GPU")
+    results = {
+        "speed": speed,
+        "agreement": agreement,
+        "layer": layer,
+        "crossings": crossings,
+        "labels": turns,
+    }
+    save(arguments.json, results | stored | {"flops": flops, "cuml": None})
 
 
 if __name__ == "__main__":

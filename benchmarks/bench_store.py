@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,37 +29,44 @@ from numpy.typing import NDArray
 from states import real_states
 
 from harness import Timing, alternate, save, show
+from mmextract.engine.allocation import keep_freed_memory
 from mmextract.engine.shards import CODECS, encode_shard, join
 from mmextract.engine.store import open_store
 
 
 def measure_writes(states: NDArray[Any], scratch: Path, repeats: int) -> dict[str, Any]:
     """Return seconds of every way to write, and the bytes that each codec gives."""
+    keep_freed_memory()  # as a dump does, so that all are measured alike
     parts = work.shard_arrays(states)
     with ThreadPoolExecutor() as executor:
         encoded = {codec: [join(encode_shard(p, codec, executor)) for p in parts] for codec in CODECS}
         jobs: dict[str, Any] = {
-            "raw": partial(work.write_raw, [part.data for part in parts], scratch / "raw"),
-            "safetensors": partial(work.write_safetensors, parts, scratch / "safetensors"),
+            "raw": partial(work.write_raw, [part.data for part in parts]),
+            "safetensors": partial(work.write_safetensors, parts),
         }
         for codec in CODECS:
-            jobs[f"ours {codec}"] = partial(work.write_ours, states, codec, scratch / f"{codec}.zarr")
-            jobs[f"zarr-python {codec}"] = partial(
-                work.write_zarr_python, states, codec, scratch / f"zarr-python-{codec}"
-            )
-            jobs[f"tensorstore {codec}"] = partial(
-                work.write_tensorstore, states, codec, scratch / f"tensorstore-{codec}"
-            )
+            jobs[f"ours {codec}"] = partial(work.write_ours, states, codec)
+            jobs[f"zarr-python {codec}"] = partial(work.write_zarr_python, states, codec)
+            jobs[f"tensorstore {codec}"] = partial(work.write_tensorstore, states, codec)
+            if codec != "none":
+                jobs[f"raw {codec}"] = partial(work.write_raw, encoded[codec])
+        jobs = {name: partial(job, scratch / name) for name, job in jobs.items()}
+        for codec in CODECS:
             if codec != "none":
                 jobs[f"codec {codec}"] = partial(work.encode_only, parts, codec, executor)
-                jobs[f"raw {codec}"] = partial(work.write_raw, encoded[codec], scratch / f"raw-{codec}")
-        timings = alternate(jobs, repeats=repeats)
+        timings = alternate(jobs, repeats=repeats, before=partial(_clear, scratch))
     return {
         "n_bytes": states.nbytes,
         "encoded_bytes": {codec: sum(map(len, pieces)) for codec, pieces in encoded.items()},
         "seconds": {name: list(timing.seconds) for name, timing in timings.items()},
         "ratios": write_ratios(timings),
     }
+
+
+def _clear(scratch: Path, name: str) -> None:
+    """Remove what this job wrote last time, and let the disk come to rest."""
+    shutil.rmtree(scratch / name, ignore_errors=True)
+    os.sync()
 
 
 def write_ratios(timings: dict[str, Timing]) -> dict[str, float]:
@@ -81,7 +90,7 @@ def measure_reads(states: NDArray[Any], scratch: Path, repeats: int) -> dict[str
     seconds: dict[str, list[float]] = {}
     ratios: dict[str, float] = {}
     for codec in CODECS:
-        path = scratch / f"{codec}.zarr"
+        path = scratch / f"ours {codec}"
         jobs: dict[str, Any] = {
             "ours": partial(_read_ours, path, layer),
             "zarr-python": partial(_read_zarr_python, path, layer),
@@ -132,7 +141,7 @@ def main() -> None:
     """Measure everything and print ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--states", default="smollm2", choices=("smollm2", "easyvqa"), help="whose states")
-    parser.add_argument("--vectors", type=int, default=7000, help="samples, each a token's states")
+    parser.add_argument("--vectors", type=int, default=20_000, help="samples, each a token's states")
     parser.add_argument("--samples", type=int, default=100_000, help="samples of the run with a stub model")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(

@@ -21,6 +21,7 @@ PACKAGES = (
     "mmextract",
     "torch",
     "torchvision",
+    "triton",
     "transformers",
     "zarr",
     "numcodecs",
@@ -48,14 +49,16 @@ def alternate(
     repeats: int,
     warm_up: bool = True,
     clock: Callable[[], float] = time.perf_counter,
+    before: Callable[[str], object] = lambda name: None,
 ) -> dict[str, Timing]:
     """Time each piece of work `repeats` times, in turn, after one unmeasured round if it is to warm up.
 
-    In turn, so that a machine that slows down slows all of them.
+    In turn, so that a machine that slows down slows all of them. `before` is called with its name, and not timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for number in range(-1 if warm_up else 0, repeats):
         for name, run in work.items():
+            before(name)
             started = clock()
             run()
             if number >= 0:
@@ -64,7 +67,7 @@ def alternate(
 
 
 def machine() -> dict[str, Any]:
-    """Return hardware and versions."""
+    """Return hardware and versions, None for what is not installed."""
     import torch
 
     found = {
@@ -76,7 +79,14 @@ def machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
     }
-    return found | {name: metadata.version(name) for name in PACKAGES}
+    return found | {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:

@@ -1,9 +1,11 @@
-"""Ways to write and read hidden states, for comparison: ours, a raw write, and what the field uses."""
+"""Ways to write and read hidden states, for comparison: ours, a raw write, and what the field uses.
+
+What is written to must not be there yet.
+"""
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,7 +41,6 @@ def make_layout(states: NDArray[Any], codec: str) -> Layout:
 
 def write_ours(states: NDArray[Any], codec: str, path: Path) -> int:
     """Write states as a dump does once the model has given them; return the bytes written."""
-    shutil.rmtree(path, ignore_errors=True)
     layout = make_layout(states, codec)
     source = torch.from_numpy(states)
     nothing = torch.zeros(BATCH, dtype=torch.int64)
@@ -59,9 +60,10 @@ def write_ours(states: NDArray[Any], codec: str, path: Path) -> int:
                 rows = layout.rows(shard)
                 for start in range(rows.start, rows.stop, BATCH):
                     stop = min(start + BATCH, rows.stop)
-                    slot = staging.acquire()
-                    slot.device[: stop - start].copy_(source[start:stop])  # the model's part
-                    n = stop - start
+                    slot, n = staging.acquire(), stop - start
+                    slot.device = slot.host = source[
+                        start:stop
+                    ]  # on a CPU the model writes where staging reads
                     done = Done(
                         shard=shard,
                         rows=tuple(range(start - rows.start, stop - rows.start)),
@@ -85,7 +87,6 @@ def shard_arrays(states: NDArray[Any]) -> list[NDArray[Any]]:
 
 def write_raw(parts: Sequence[bytes | memoryview], folder: Path) -> None:
     """Write the same bytes, a file a shard, each flushed to disk."""
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for index, part in enumerate(parts):
         with (folder / str(index)).open("wb") as file:
@@ -104,7 +105,6 @@ def write_safetensors(parts: list[NDArray[Any]], folder: Path) -> None:
     """Write a file a shard, as most tools of the field do."""
     from safetensors.numpy import save_file
 
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for index, part in enumerate(parts):
         save_file(
@@ -114,7 +114,6 @@ def write_safetensors(parts: list[NDArray[Any]], folder: Path) -> None:
 
 def create_with_zarr_python(states: NDArray[Any], codec: str, path: Path) -> Path:
     """Create an empty array of our shards and chunks."""
-    shutil.rmtree(path, ignore_errors=True)
     shape = (make_layout(states, codec).shard_samples, *states.shape[1:])
     zarr.create_array(
         path,

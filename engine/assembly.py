@@ -5,6 +5,7 @@ This module knows nothing about models or images.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,10 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mmextract.engine.allocation import keep_freed_memory
 from mmextract.engine.writer import StoreWriter
 
-WRITERS = 2
-"""Shards that are written at the same time: while one waits for the disk, the next is encoded."""
+WRITERS = 3
+"""Shards that are on their way at the same time: one is encoded, by all threads, while others wait for the disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +62,9 @@ class Assembler:
         self._writer = writer
         self._on_progress = on_progress
         self._open: dict[int, _Open] = {}
-        self._writing: deque[tuple[Future[int], NDArray[Any]]] = deque()
-        self._free: list[NDArray[Any]] = []  # fresh memory costs as much to touch as a shard to encode
+        self._writing: deque[Future[int]] = deque()
+        self._encoding = threading.Lock()
+        self._free: deque[NDArray[Any]] = deque()  # fresh memory costs as much to touch as a shard to encode
         self._pool = ThreadPoolExecutor(WRITERS, "mmextract-shards")
         self.bytes_written = 0
         """Bytes of encoded states so far."""
@@ -69,6 +72,7 @@ class Assembler:
         """Samples so far that hold a NaN or an infinity."""
 
     def __enter__(self) -> Self:
+        keep_freed_memory()  # of the encoded chunks
         return self
 
     def __exit__(
@@ -97,14 +101,20 @@ class Assembler:
     def _write(self, index: int, shard: _Open) -> None:
         while len(self._writing) >= WRITERS:  # bounds the memory
             self._finish_one()
-        work = self._writer.write_shard
-        future = self._pool.submit(work, index, shard.states, shard.records, shard.rejected)
-        self._writing.append((future, shard.states))
+        self._writing.append(self._pool.submit(self._encode_and_commit, index, shard))
+
+    def _encode_and_commit(self, index: int, shard: _Open) -> int:
+        with self._encoding:  # not two at once, which would then wait for the disk at once
+            encoded = self._writer.encode(shard.states, shard.records, shard.rejected)
+        if self._writer.layout.codec != "none":
+            self._free.append(shard.states)
+        n_bytes = self._writer.commit(index, encoded)
+        if self._writer.layout.codec == "none":  # what was written were views of the states
+            self._free.append(shard.states)
+        return n_bytes
 
     def _finish_one(self) -> None:
-        future, states = self._writing.popleft()
-        self.bytes_written += future.result()
-        self._free.append(states)
+        self.bytes_written += self._writing.popleft().result()
 
     def _fill(self, shard: _Open, done: Done, states: torch.Tensor) -> None:
         assert done.nonfinite is not None and done.overflow is not None

@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmextract.engine.objects import flush_folder
+from mmextract.engine.files import flush_folder
 from mmextract.engine.selection import parse_layers
 from mmextract.engine.store import Store
 

@@ -12,18 +12,25 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
 from zarr.abc.store import Store as ZarrStore
 from zarr.storage import LocalStore
 
+from mmextract.engine.files import (
+    Buffer,
+    beside,
+    flush_folder,
+    flush_tree,
+    make_folders,
+    naming,
+    raise_error,
+    replace_files,
+    write_new,
+)
 from mmextract.engine.processes import Process, this_process
-
-Buffer = bytes | bytearray | memoryview
 
 
 class Objects(Protocol):
@@ -51,6 +58,9 @@ class Objects(Protocol):
 
     def put(self, key: str, parts: Sequence[Buffer]) -> None:
         """Write the concatenation of `parts` under `key`: a reader sees the old object or the new, never a part."""
+
+    def put_all(self, objects: Mapping[str, Sequence[Buffer]]) -> None:
+        """Write several objects, each as `put` does; which of them is there first is open."""
 
     def get(self, key: str) -> bytes | None:
         """Return the bytes under `key`, or None if there is no such object."""
@@ -107,7 +117,8 @@ class LocalObjects:
             )
         temporary = self.root.with_name(f".{self.root.name}.{this_process()}.{uuid.uuid4().hex}.creating")
         with naming(self.root):
-            make_folders(self.root.parent)
+            for folder in make_folders(self.root.parent, _above_what_is_there(self.root.parent)):
+                flush_folder(folder)
             self._sweep_beside()
             try:
                 for key, data in objects.items():
@@ -145,9 +156,10 @@ class LocalObjects:
         creates it in place, where a reader may for a moment see it short.
         """
         target = self.root / key
-        temporary = _beside(target)
+        temporary = beside(target)
         with naming(target):
-            make_folders(target.parent)
+            for folder in make_folders(target.parent, _above_what_is_there(self.root)):
+                flush_folder(folder)
             try:
                 write_new(temporary, data)
                 try:
@@ -168,27 +180,14 @@ class LocalObjects:
         return True
 
     def put(self, key: str, parts: Sequence[Buffer]) -> None:
-        """Write the concatenation of `parts` under `key`.
+        """Write the concatenation of `parts` under `key`; see `files.replace_files`."""
+        self.put_all({key: parts})
 
-        The bytes go to a temporary file, which is flushed to disk, renamed, and its folder flushed. Raises OSError if
-        any of this fails; unless it was the last, the key then holds what it held. Its name is new each time: of two
-        processes that write the same key, neither sees a part of the other's.
-        """
-        target = self.root / key
-        temporary = _beside(target)
-        with naming(target):
-            make_folders(target.parent)
-            try:
-                with temporary.open("wb") as file:
-                    for part in parts:
-                        file.write(part)
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.replace(target)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-            flush_folder(target.parent)
+    def put_all(self, objects: Mapping[str, Sequence[Buffer]]) -> None:
+        """Write several objects; see `files.replace_files`."""
+        replace_files(
+            {self.root / key: parts for key, parts in objects.items()}, _above_what_is_there(self.root)
+        )
 
     def get(self, key: str) -> bytes | None:
         """Return the bytes under `key`, or None if there is no such object."""
@@ -241,7 +240,7 @@ class LocalObjects:
             return 0
         return sum(
             (Path(base) / name).stat().st_size
-            for base, _, names in os.walk(self.root / prefix, onerror=_raise)
+            for base, _, names in os.walk(self.root / prefix, onerror=raise_error)
             for name in names
         )
 
@@ -273,15 +272,8 @@ def locate(place: str | Path | Objects) -> Objects:
     return S3Objects(place.rstrip("/"))
 
 
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Let an OSError name the path that it is about: those of write, fsync and close do not."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
+def _above_what_is_there(folder: Path) -> Path:
+    return next(there for there in (folder, *folder.parents) if there.is_dir()).parent
 
 
 def _is_of_a_dead_process(name: str) -> bool:
@@ -289,59 +281,3 @@ def _is_of_a_dead_process(name: str) -> bool:
         return Process.parse(name.split(".")[-3]).is_gone()
     except (ValueError, IndexError):
         return False  # somebody else's
-
-
-def _beside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-
-
-def make_folders(folder: Path) -> None:
-    """Create a folder and its parents, so that they survive a loss of power.
-
-    That a folder is there does not mean that it stays: a run that was stopped, or another thread, may have made it
-    and not flushed it yet. Its own parents were flushed before it was made.
-    """
-    if folder.is_dir():
-        _flush_entry(folder)
-        return
-    make_folders(folder.parent)
-    folder.mkdir(exist_ok=True)
-    flush_folder(folder.parent)
-
-
-@lru_cache(maxsize=256)
-def _flush_entry(folder: Path) -> None:
-    """Flush the name of a folder that was found, once; in a place where we cannot write, it is not of our making."""
-    if os.access(folder.parent, os.W_OK):
-        flush_folder(folder.parent)
-
-
-def write_new(file: Path, data: bytes) -> None:
-    """Write a file that must not be there yet, and flush it to disk. Raises FileExistsError."""
-    with file.open("xb") as opened:
-        opened.write(data)
-        opened.flush()
-        os.fsync(opened.fileno())
-
-
-def flush_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk."""
-    with naming(folder):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def flush_tree(folder: Path) -> None:
-    """Flush every file and folder below `folder` to disk."""
-    for base, _, names in os.walk(folder, onerror=_raise):
-        for name in names:
-            with (Path(base) / name).open("rb") as file:
-                os.fsync(file.fileno())
-        flush_folder(Path(base))
-
-
-def _raise(error: OSError) -> None:
-    raise error  # os.walk leaves out what it cannot list, unless it is told otherwise

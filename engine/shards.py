@@ -80,15 +80,28 @@ def find_chunk(index: bytes, chunk: int) -> tuple[int, int]:
     return int(offset), int(size)
 
 
-def decode_chunk(data: bytes, codec: str, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-    """Return the flat array that an inner chunk was encoded from. Raises ValueError if its checksum is wrong."""
+def decode_chunk(
+    data: bytes, codec: str, dtype: np.dtype[Any], out: np.ndarray[Any, Any] | None = None
+) -> np.ndarray[Any, Any]:
+    """Return the flat array that an inner chunk was encoded from. Raises ValueError if its checksum is wrong.
+
+    out: C-contiguous, of this dtype and as large as the chunk; it is filled and returned, where otherwise the array may
+    be read-only.
+    """
     encoded = _without_crc(data)
-    decoded = encoded if codec == "none" else Blosc().decode(encoded)
-    return np.frombuffer(decoded, dtype)
+    if out is None:
+        return np.frombuffer(encoded if codec == "none" else Blosc().decode(encoded), dtype)
+    assert out.flags.c_contiguous and out.dtype == dtype
+    flat = out.reshape(-1)
+    if codec == "none":
+        flat[:] = np.frombuffer(encoded, dtype)
+    else:
+        Blosc().decode(encoded, flat)
+    return flat
 
 
-def _without_crc(data: bytes) -> bytes:
-    content = data[:-4]
+def _without_crc(data: bytes) -> memoryview:
+    content = memoryview(data)[:-4]
     if _crc(content) != data[-4:]:
         raise ValueError("a checksum does not match")
     return content

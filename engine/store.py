@@ -149,10 +149,15 @@ class Store:
         dtype = self.hidden_states.dtype if as_stored else self.dtype
         states = np.empty((self.n_samples, len(positions), self.hidden_size), dtype)
         states[~self.committed] = BFLOAT16_NAN if dtype == np.uint16 else np.nan
+        whole = chosen[1] == [*range(len(self.positions))]
 
         def fill(shard: int) -> None:
             start = shard * self.shard_samples
-            states[start : start + self.shard_samples] = self.read_shard(shard, *chosen, as_stored=as_stored)
+            rows = states[start : start + self.shard_samples]
+            if len(rows) == self.shard_samples and rows.dtype == self.hidden_states.dtype and whole:
+                self._read_chunk(shard, chosen[0], out=rows)  # straight into its place
+            else:
+                rows[:] = self.read_shard(shard, *chosen, as_stored=as_stored)
 
         with ThreadPoolExecutor(threads or os.cpu_count() or 1) as executor:
             for _ in executor.map(fill, self.committed_shards.tolist()):
@@ -218,14 +223,14 @@ class Store:
     def _check_columns(self, names: Sequence[str]) -> None:
         """Raise ValueError unless these arrays are what the root says that they should be."""
         wanted = {key: digest for key, digest in self._digests.items() if key.partition("/")[0] in names}
-        with ThreadPoolExecutor(_COLUMN_THREADS) as executor:
+        with ThreadPoolExecutor(max(1, min(_COLUMN_THREADS, len(wanted)))) as executor:
             reasons = executor.map(lambda key: examine(self.objects, key, wanted[key]), wanted)
             damage = [f"{key}: {reason}" for key, reason in zip(wanted, reasons, strict=True) if reason]
         if damage:
             raise ValueError(f"{self.url} is damaged ({damage[0]}): {_REPAIR}")
 
-    def _read_chunk(self, shard: int, layer_index: int) -> NDArray[Any]:
-        """Return [S, P, D] as stored: one layer of a committed shard, its checksums held true."""
+    def _read_chunk(self, shard: int, layer_index: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Return [S, P, D] as stored, in `out` if given: one layer of a committed shard, its checksums held true."""
         n_layers, n_positions = self.hidden_states.shape[1:3]
         shape = (self.shard_samples, n_positions, self.hidden_size)
         key = f"hidden_states/c/{shard}/0/0/0"
@@ -233,7 +238,8 @@ class Store:
             length = shards.index_size(n_layers)
             offset, size = shards.find_chunk(self.objects.read(key, -length, length), layer_index)
             data = self.objects.read(key, offset, size)
-            flat = shards.decode_chunk(data, str(self.attributes["codec"]), self.hidden_states.dtype)
+            codec = str(self.attributes["codec"])
+            flat = shards.decode_chunk(data, codec, self.hidden_states.dtype, out)
             return flat.reshape(shape)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{self.url} has lost shard {shard}: {_REPAIR}") from error

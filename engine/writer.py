@@ -65,23 +65,34 @@ class StoreWriter:
     def write_shard(
         self, shard: int, states: NDArray[Any], records: NDArray[np.int64], rejected: Mapping[int, str]
     ) -> int:
-        """Write one shard, flush it to disk, then commit it. Returns the bytes of hidden states written.
+        """Encode one shard, write it, flush it to disk, then commit it. Returns the bytes of hidden states written."""
+        return self.commit(shard, self.encode(states, records, rejected))
 
-        states: [L, S, P, D] in the store's dtype. records: int64 [S, F]. rejected: row within the shard → reason.
+    def encode(
+        self, states: NDArray[Any], records: NDArray[np.int64], rejected: Mapping[int, str]
+    ) -> list[list[shards.Bytes]]:
+        """Return a shard's objects in pieces, in the order of `shard_keys`.
+
+        states: [L, S, P, D] in the store's dtype; uncompressed pieces are views of it. records: int64 [S, F].
+        rejected: row within the shard → reason.
         """
         encoded = shards.encode_shard(states, self.layout.codec, self.executor)
-        parts: list[list[shards.Bytes]] = [encoded, [np.ascontiguousarray(records, "<i8").tobytes()]]
+        objects: list[list[shards.Bytes]] = [encoded, [np.ascontiguousarray(records, "<i8").tobytes()]]
         if rejected:
             reasons = [rejected.get(row, "") for row in range(self.layout.shard_samples)]
-            parts.append([_encode_strings(reasons)])
-        else:  # an earlier attempt at this shard may have rejected some
-            self.objects.delete(shard_keys(shard)[2])
-        for key, pieces in zip(shard_keys(shard), parts, strict=False):
-            self.objects.put(key, pieces)
-        digest = shards.digest(parts, seed=shard_seed(self.run, shard))
+            objects.append([_encode_strings(reasons)])
+        return objects
+
+    def commit(self, shard: int, encoded: Sequence[Sequence[shards.Bytes]]) -> int:
+        """Write what `encode` gave, flush it to disk, then its digest. Returns the bytes of hidden states."""
+        keys = shard_keys(shard)
+        if len(encoded) < len(keys):  # an earlier attempt at this shard may have rejected some
+            self.objects.delete(keys[2])
+        digest = shards.digest(encoded, seed=shard_seed(self.run, shard))
+        self.objects.put_all(dict(zip(keys, encoded, strict=False)))
         self.guard()
         self.objects.put(f"shard_digest/c/{shard}", [digest.to_bytes(8, "little")])
-        return sum(map(len, encoded))
+        return sum(map(len, encoded[0]))
 
     def rejected(self) -> dict[int, str]:
         """Return row → reason of every committed row that has no states."""
@@ -108,8 +119,8 @@ class StoreWriter:
             for name, values in zip(self.layout.record_fields, records, strict=True)
         }
         made = last_objects(self._metadata(set(columns)), columns)
-        for key in root_last(made):  # the root is what says that it is finished
-            self.objects.put(key, [made[key]])
+        self.objects.put_all({key: [made[key]] for key in made if key != ROOT})
+        self.objects.put(ROOT, [made[ROOT]])  # the root is what says that it is finished
 
     def _metadata(self, without: set[str]) -> dict[str, bytes]:
         """Return key → `zarr.json` of the group and its arrays, those named left out, each what its digest says."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor
 from mmextract.probes.newton import Basis, Labels, Optimum, minimise
 from mmextract.probes.solvers import IntArray, Job, Solution
 
-CHUNK = 1 << 14
-"""Samples that are copied at once."""
+CACHED = {"cpu": 1 << 16, "cuda": 1 << 26}
+"""Elements of samples that are worked on at once: what the second cache holds, or what keeps a GPU busy."""
 
 LIVE_LOGITS = 12
 """Arrays of the logits' shape that a Newton step keeps."""
@@ -38,26 +38,55 @@ class RowSet:
     """Logits of a sample: one a job, or one a job and class if there are more than two."""
 
 
-class Features(Basis, Protocol):
-    """A basis that knows the features [m, D] it came from: centred, and divided by `scale`."""
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """The optima for one penalty, in centred and scaled features."""
+
+    w: Tensor
+    """[F, L, c, D]."""
+    intercept: Tensor
+    """[F, L, c]."""
+    n_steps: Tensor
+    """[F, L] Newton steps taken."""
+    state: Any
+    """Where the search for the next penalty may start."""
+
+
+class Features(Protocol):
+    """The features [m, D] of F training sets: centred, and divided by `scale`."""
 
     center: Tensor
     """[F, D]."""
     scale: Tensor
     """[F, D]."""
+    n_rows: Tensor
+    """[F] samples of each training set."""
     places: Sequence[IntArray]
-    """Where in a basis' m rows each sample of each training set stands."""
+    """Where in m rows each sample of each training set stands."""
     n_places: int
     """m."""
 
     def forward(self, w: Tensor) -> Tensor:
-        """Return centred and scaled features times w [F, q, D]: [F, q, m]."""
+        """Return features times w [F, q, D]: [F, q, m]."""
 
     def backward(self, errors: Tensor) -> Tensor:
         """Return their transposed product with errors [F, q, m]: [F, q, D]."""
 
+    def minimise(self, labels: Labels, state: Any) -> Fitted:
+        """Return the optima. state: that of the last penalty, or None."""
+
+
+class OrthogonalFeatures(Features, Basis, Protocol):
+    """Features that know orthogonal coordinates of themselves; `newton` searches in these."""
+
     def weights(self, optimum: Optimum) -> Tensor:
         """Return the optimum's parameters as weights of centred and scaled features: [F, L·c, D]."""
+
+    def minimise(self, labels: Labels, state: Any) -> Fitted:
+        """Return the optima. state: that of the last penalty, or None."""
+        optimum = minimise(self, labels, state)
+        w = self.weights(optimum).unflatten(1, labels.targets.shape[1:3])
+        return Fitted(w=w, intercept=optimum.v[..., -1], n_steps=optimum.n_steps, state=optimum.v)
 
 
 def solve_in_batches(
@@ -115,13 +144,11 @@ def _solve_batch(
     targets, weights = _label(jobs, batch, features)
     penalties = np.array([[jobs[number].penalties for number in row_set.jobs] for row_set in batch])
     found: dict[int, list[Solution]] = {number: [] for row_set in batch for number in row_set.jobs}
-    v = None
+    state = None
     for penalty in np.moveaxis(penalties, 2, 0):  # [F, L]
         labels = Labels(targets=targets, weights=weights, penalty=targets.new_tensor(penalty))
-        optimum = minimise(features, labels, v)
-        v = optimum.v
-        w = features.weights(optimum).unflatten(1, targets.shape[1:3])  # [F, L, c, D]
-        intercept = v[..., -1]  # [F, L, c]
+        fitted = features.minimise(labels, state)
+        state, w, intercept = fitted.state, fitted.w, fitted.intercept
         if intercept.shape[2] > 1:
             intercept = intercept - intercept.mean(2, keepdim=True)
         residual = _measure(features, labels, w, intercept)
@@ -135,7 +162,7 @@ def _solve_batch(
                         penalty=float(penalty[at, label]),
                         coefficients=np.ascontiguousarray(columns[label]),
                         intercept=intercept[at, label].cpu().numpy(),
-                        n_iter=int(optimum.n_steps[at, label]),
+                        n_iter=int(fitted.n_steps[at, label]),
                         method=method,
                         residual=float(residual[at, label]),
                     )
@@ -146,18 +173,25 @@ def _solve_batch(
 def find_moments(states: Tensor, rows: Tensor, scale: bool) -> tuple[Tensor, Tensor]:
     """Return the mean [D] of states[rows] and, if they are to be scaled, their standard deviation [D], else ones.
 
-    A feature that is constant up to rounding has scale 1. The bound is scikit-learn's, and that of Chan, Golub
-    & LeVeque 1983 (doi 10.1080/00031305.1983.10483115).
+    See `find_scale`.
     """
-    n = len(rows)
-    mean = sum((states[part].sum(0) for part in rows.split(CHUNK)), states.new_zeros(states.shape[1])) / n
+    n, zero = len(rows), states.new_zeros(states.shape[1])
+    parts = rows.split(max(1, CACHED[states.device.type] // states.shape[1]))
+    mean = sum((states[part].sum(0) for part in parts), zero) / n
     if not scale:
         return mean, torch.ones_like(mean)
-    squares = (((states[part] - mean) ** 2).sum(0) for part in rows.split(CHUNK))
-    variance = sum(squares, torch.zeros_like(mean)) / n
-    epsilon = torch.finfo(states.dtype).eps
-    constant = variance <= n * epsilon * variance + (n * mean * epsilon) ** 2
-    return mean, torch.where(constant, 1.0, variance.sqrt())
+    variance = sum((states[part].sub_(mean).square_().sum(0) for part in parts), zero) / n
+    return mean, find_scale(mean, variance, n)
+
+
+def find_scale(mean: Tensor, variance: Tensor, n_rows: Tensor | float) -> Tensor:
+    """Return the standard deviation, or 1 of a feature that is constant up to rounding.
+
+    The bound is scikit-learn's, and that of Chan, Golub & LeVeque 1983 (doi 10.1080/00031305.1983.10483115).
+    """
+    epsilon = torch.finfo(mean.dtype).eps
+    constant = variance <= n_rows * epsilon * variance + (n_rows * mean * epsilon) ** 2
+    return torch.where(constant, 1.0, variance.sqrt())
 
 
 def _label(jobs: Sequence[Job], batch: Sequence[RowSet], features: Features) -> tuple[Tensor, Tensor]:
@@ -169,7 +203,7 @@ def _label(jobs: Sequence[Job], batch: Sequence[RowSet], features: Features) -> 
         for label, number in enumerate(row_set.jobs):
             y[at, label, features.places[at]] = jobs[number].y
             weights[at, label, features.places[at]] = jobs[number].sample_weights
-    device = features.gram.device
+    device = features.center.device
     classes = torch.arange(1, 2) if n_classes == 2 else torch.arange(n_classes)
     targets = torch.from_numpy(y)[:, :, None] == classes[:, None]
     return targets.to(device, torch.float64), torch.from_numpy(weights).to(device)

@@ -1,14 +1,15 @@
 """The exact solver for fewer samples than features.
 
-The optimum lies in the space that the m training samples span, so D features are replaced by m coordinates:
-from the eigenvectors of the Gram matrix K = ZZᵀ of the centred training set, U = QΛ^½ with UUᵀ = K. In them
-the problem is solved by `newton`; from its solution the dual variables a follow, at the optimum C·(y − p),
-and from these the weights Zᵀa.
+The optimum lies in the space that the m training samples span, so all that is needed of D features is the Gram
+matrix K = ZZᵀ of the centred training set. A few binary label vectors are fitted with it as it is, by `cholesky`.
+For many, or for more classes, it is brought into orthogonal coordinates, in which `newton` solves: from the
+eigenvectors of K, U = QΛ^½ with UUᵀ = K, from its solution the dual variables a, at the optimum C·(y − p), and
+from these the weights Zᵀa.
 
 Features that are not scaled share one Gram matrix a layer, of which training sets take submatrices. Scaling
 by a training set's own statistics changes the kernel, to X·diag(σ⁻²)·Xᵀ, by a matrix of full rank; so each
 scaled training set gets its own, at m²·D operations, half of a general product as it is symmetric. At m = 800
-and D = 3584 that is 64 ms on one core, the eigenvectors 144 ms, and both are shared by all C and labels.
+and D = 3584 that is 60 ms on one core, the eigenvectors 140 ms, and both are shared by all C and labels.
 
 Kernel logistic regression: Zhu & Hastie 2005, doi 10.1198/106186005X25619. This module knows nothing about
 folds or scores.
@@ -18,18 +19,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmextract.probes.batches import LIVE_LOGITS, RowSet, find_moments, solve_in_batches
-from mmextract.probes.newton import Optimum
+from mmextract.probes.batches import (
+    CACHED,
+    LIVE_LOGITS,
+    Features,
+    Fitted,
+    OrthogonalFeatures,
+    RowSet,
+    find_moments,
+    solve_in_batches,
+)
+from mmextract.probes.cholesky import DualOptimum, GramNewton, Problem
+from mmextract.probes.newton import Labels, Optimum
 from mmextract.probes.solvers import FloatArray, IntArray, Job, Solution
 
 MOST_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 29}
 """Elements of states, coordinates and logits of the training sets that are solved side by side: what a cache
 holds, or a GPU."""
+
+FEW_LABELS = 3
+"""Binary label vectors of a training set up to which `cholesky` is the faster one on a processor.
+
+Processor ms a fit on one core, 400 samples × 1500 features, five C: of 1, 4, 8, 16 labels 12, 10, 8.4, 7.8 with
+`cholesky`, 24, 9.1, 4.6, 2.8 with eigenvectors (`benchmarks/bench_probe.py`).
+"""
 
 
 @dataclass(frozen=True)
@@ -38,43 +57,98 @@ class DualSolver:
 
     device: str = "cpu"
     """A torch device."""
+    few_labels: int = FEW_LABELS
+    """See FEW_LABELS; 0 brings all training sets into orthogonal coordinates."""
 
     def solve(self, x: FloatArray, jobs: Sequence[Job]) -> Iterator[list[Solution]]:
         """Yield, for each job in turn, a solution for each of its penalties. x: [n, D]."""
         states = torch.from_numpy(np.ascontiguousarray(x)).to(self.device)
         gram = None if all(job.scale for job in jobs) else _multiply(states - states.mean(0))
-        return solve_in_batches(
-            jobs,
-            lambda batch: _Coordinates(states, batch, gram),
-            lambda row_set: (
-                len(row_set.rows) * (len(row_set.rows) + x.shape[1] + LIVE_LOGITS * row_set.n_columns)
-            ),
-            MOST_ELEMENTS[states.device.type],
-            f"dual {states.device.type}",
+        most = MOST_ELEMENTS[states.device.type]
+
+        def prepare(batch: Sequence[RowSet]) -> Features:
+            samples = [_Samples(states, row_set, gram) for row_set in batch]
+            return _Gram(samples[0]) if self._is_direct(batch[0]) else _Coordinates(samples)
+
+        def size(row_set: RowSet) -> int:
+            if self._is_direct(row_set):
+                return most  # one training set at a time
+            n_rows, n_features = len(row_set.rows), int(x.shape[1])
+            return n_rows * (n_rows + n_features + LIVE_LOGITS * row_set.n_columns)
+
+        return solve_in_batches(jobs, prepare, size, most, f"dual {states.device.type}")
+
+    def _is_direct(self, row_set: RowSet) -> bool:
+        """Whether it is solved by `cholesky`."""
+        return self.device == "cpu" and row_set.n_columns == len(row_set.jobs) <= self.few_labels
+
+
+class _Samples:
+    """The training samples of one set, centred and scaled, and their Gram matrix."""
+
+    def __init__(self, states: Tensor, row_set: RowSet, gram: Tensor | None) -> None:
+        rows = torch.from_numpy(row_set.rows).to(states.device)
+        self.center, self.scale = find_moments(states, rows, row_set.scale)
+        self.z = states[rows]  # [m, D]
+        for part in self.z.split(max(1, CACHED[states.device.type] // states.shape[1])):
+            part.sub_(self.center).div_(self.scale)
+        self.gram = _multiply(self.z) if row_set.scale else _center(gram, rows)
+
+
+class _Gram(Features):
+    """`batches.Features` of one training set, whose problems are solved one by one."""
+
+    def __init__(self, samples: _Samples) -> None:
+        self.z = samples.z
+        self.center, self.scale = samples.center[None], samples.scale[None]
+        self.n_places = len(self.z)
+        self.n_rows = self.z.new_tensor([self.n_places])
+        self.places: Sequence[IntArray] = [np.arange(self.n_places)]
+        self.newton = GramNewton(samples.gram.numpy())
+
+    def forward(self, w: Tensor) -> Tensor:
+        return w @ self.z.T
+
+    def backward(self, errors: Tensor) -> Tensor:
+        return errors @ self.z
+
+    def minimise(self, labels: Labels, state: Any) -> Fitted:
+        found: list[DualOptimum] = []
+        for number, penalty in enumerate(labels.penalty[0].tolist()):
+            problem = Problem(
+                y=labels.targets[0, number, 0].numpy(),
+                weights=labels.weights[0, number].numpy(),
+                penalty=penalty,
+            )
+            found.append(self.newton.minimise(problem, state and state[number]))
+        return Fitted(
+            w=self.backward(torch.from_numpy(np.stack([optimum.a for optimum in found]))[None])[:, :, None],
+            intercept=self.z.new_tensor([optimum.b for optimum in found])[None, :, None],
+            n_steps=torch.tensor([[optimum.n_steps for optimum in found]]),
+            state=found,
         )
 
 
-class _Coordinates:
+class _Coordinates(OrthogonalFeatures):
     """`batches.Features` of fewer samples than features."""
 
-    def __init__(self, states: Tensor, batch: Sequence[RowSet], gram: Tensor | None) -> None:
-        rows = [torch.from_numpy(row_set.rows).to(states.device) for row_set in batch]
-        self.places: Sequence[IntArray] = [np.arange(len(row_set.rows)) for row_set in batch]
-        self.n_places = max(map(len, rows))
-        self.n_rows = states.new_tensor([len(r) for r in rows])
-        shape = (len(batch), self.n_places, self.n_places + 1)
-        self.features, self.gram = states.new_zeros(shape), states.new_zeros(shape[0], shape[2])
-        moments = [find_moments(states, r, row_set.scale) for r, row_set in zip(rows, batch, strict=True)]
-        self.center, self.scale = map(torch.stack, zip(*moments, strict=True))
-        self.samples = [(states[r] - self.center[at]) / self.scale[at] for at, r in enumerate(rows)]
-        for at, r in enumerate(rows):
-            kernel = _multiply(self.samples[at]) if batch[at].scale else _center(gram, r)
-            squares, vectors = torch.linalg.eigh(kernel)
+    def __init__(self, sets: Sequence[_Samples]) -> None:
+        self.samples = [one.z for one in sets]
+        self.places: Sequence[IntArray] = [np.arange(len(z)) for z in self.samples]
+        self.n_places = max(map(len, self.samples))
+        self.n_rows = sets[0].z.new_tensor([len(z) for z in self.samples])
+        shape = (len(sets), self.n_places, self.n_places + 1)
+        self.features, self.gram = self.n_rows.new_zeros(shape), self.n_rows.new_zeros(shape[0], shape[2])
+        self.center = torch.stack([one.center for one in sets])
+        self.scale = torch.stack([one.scale for one in sets])
+        for at, one in enumerate(sets):
+            m = len(one.z)
+            squares, vectors = torch.linalg.eigh(one.gram)
             # what is smaller is the rounding error of a zero
-            squares = torch.where(squares > squares[-1] * len(r) * 2.0**-52, squares, 0.0)
-            self.features[at, : len(r), : len(r)] = vectors * squares.sqrt()
-            self.features[at, : len(r), -1] = 1
-            self.gram[at, : len(r)] = squares
+            squares = torch.where(squares > squares[-1] * m * 2.0**-52, squares, 0.0)
+            self.features[at, :m, :m] = vectors * squares.sqrt()
+            self.features[at, :m, -1] = 1
+            self.gram[at, :m] = squares
         self.gram[:, -1] = self.n_rows
 
     def apply(self, v: Tensor) -> Tensor:
@@ -83,8 +157,8 @@ class _Coordinates:
     def adjoint(self, errors: Tensor) -> Tensor:
         return errors.matmul(self.features)
 
-    def dense(self, at: int) -> Tensor:
-        return self.features[at]
+    def second(self, at: int, weights: Tensor) -> Tensor:
+        return self.features[at].T @ (self.features[at] * weights[:, None])
 
     def forward(self, w: Tensor) -> Tensor:
         out = w.new_zeros(*w.shape[:2], self.n_places)

@@ -63,8 +63,8 @@ class Basis(Protocol):
     def adjoint(self, errors: Tensor) -> Tensor:
         """Return the transposed product, [F, q, R], of errors [F, q, m]."""
 
-    def dense(self, at: int) -> Tensor:
-        """Return the coordinates [m, R] of one training set."""
+    def second(self, at: int, weights: Tensor) -> Tensor:
+        """Return Σ weight·uuᵀ, [R, R], over the samples of one training set. weights: [m]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,11 +221,11 @@ class _Newton:
 
     def _solve(self, gradient: Tensor, probabilities: Tensor, at: int, label: int) -> Tensor:
         """Return the step [c, R] of one problem, by Cholesky's factorisation of its Hessian."""
-        features, p = self.basis.dense(at), probabilities[at, label]  # [m, R], [c, m]
+        p = probabilities[at, label]  # [c, m]
         strength = self.labels.strength[at, label, 0]  # [m]
         blocks = [
             [
-                features.T @ (features * (strength * p[k] * (float(k == other) - p[other]))[:, None])
+                self.basis.second(at, strength * p[k] * (float(k == other) - p[other]))
                 for other in range(self.n_outputs)
             ]
             for k in range(self.n_outputs)

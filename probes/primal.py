@@ -1,24 +1,38 @@
 """The exact solver for more samples than features.
 
-All training sets are rows of one matrix, that is neither copied nor scaled: samples outside a training set
-have weight 0, centring and scaling are applied to the parameters, and a product serves all training sets, labels
-and classes at once. The coordinates that `newton` works in come from the eigenvectors of the features'
-D × D second moments, for which samples are summed up by the training sets they are in, each once.
+All training sets are rows of one matrix, that is neither copied nor scaled, and is gone through a block of samples
+at a time: samples outside a training set have weight 0, centring and scaling are applied to the parameters, and a
+product serves all training sets, labels and classes at once. The coordinates that `newton` works in come from the
+eigenvectors of the features' D × D second moments, for which samples are summed up by the training sets they are
+in, each once.
 
-Memory: the states, and for each training set D² elements and a few logits a sample and label. This module
-knows nothing about folds or scores.
+Memory: a block, or the states if they are held; for each training set D² elements and a few logits a sample and
+label. Out of memory, each product is a pass over the store, so that `solve_stored` does all C of all training sets
+in the same passes: D² operations a sample once, then some hundred passes of 4·D a sample and logit. Newton's method
+proper, whose Hessians take D² operations a sample in each step of each fit, would take 10⁶ samples × 4096 days.
+
+This module knows nothing about folds or scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmextract.probes.batches import LIVE_LOGITS, RowSet, find_moments, solve_in_batches
+from mmextract.probes.batches import (
+    CACHED,
+    LIVE_LOGITS,
+    OrthogonalFeatures,
+    RowSet,
+    find_scale,
+    solve_in_batches,
+)
+from mmextract.probes.blocks import Blocks, HeldStates
 from mmextract.probes.newton import Optimum
 from mmextract.probes.solvers import FloatArray, IntArray, Job, Solution
 
@@ -35,9 +49,11 @@ class PrimalSolver:
 
     def solve(self, x: FloatArray, jobs: Sequence[Job]) -> Iterator[list[Solution]]:
         """Yield, for each job in turn, a solution for each of its penalties. x: [n, D]."""
-        states = torch.from_numpy(np.ascontiguousarray(x)).to(self.device)
-        n, d = states.shape
+        return self.solve_blocks(HeldStates(torch.from_numpy(np.ascontiguousarray(x)).to(self.device)), jobs)
 
+    def solve_blocks(self, states: Blocks, jobs: Sequence[Job]) -> Iterator[list[Solution]]:
+        """Do what `solve` does for states that come in blocks, the penalties of a job one after the other."""
+        n, d = states.shape
         return solve_in_batches(
             jobs,
             lambda batch: _Coordinates(states, batch),
@@ -46,24 +62,36 @@ class PrimalSolver:
             f"primal {states.device.type}",
         )
 
+    def solve_stored(self, states: Blocks, jobs: Sequence[Job]) -> Iterator[list[Solution]]:
+        """Do what `solve` does in few passes over the states: the penalties of a job at once, each from zero."""
+        single = [replace(job, penalties=(penalty,)) for job in jobs for penalty in job.penalties]
+        found = self.solve_blocks(states, single)
+        for job in jobs:
+            yield [solution for solutions in islice(found, len(job.penalties)) for solution in solutions]
 
-class _Coordinates:
+
+def decide_stored(states: Blocks, solutions: Sequence[Solution]) -> FloatArray:
+    """Return decision values [s, n, outputs] of all samples by each of s solutions, in one pass."""
+    coefficients = torch.from_numpy(np.concatenate([s.coefficients for s in solutions], axis=1))  # [D, s·c]
+    intercept = np.concatenate([s.intercept for s in solutions])
+    decided = np.empty((states.shape[0], coefficients.shape[1]))
+    for rows, x in states:
+        decided[rows] = (x @ coefficients.to(x.device)).cpu().numpy() + intercept
+    return np.ascontiguousarray(decided.reshape(len(decided), len(solutions), -1).swapaxes(0, 1))
+
+
+class _Coordinates(OrthogonalFeatures):
     """`batches.Features` of more samples than features."""
 
-    def __init__(self, states: Tensor, batch: Sequence[RowSet]) -> None:
-        self.states = states
-        self.n_places = len(states)
+    def __init__(self, states: Blocks, batch: Sequence[RowSet]) -> None:
+        self.states, device = states, states.device
+        self.n_places, self.n_features = states.shape
         self.places: Sequence[IntArray] = [row_set.rows for row_set in batch]
-        self.n_rows = states.new_tensor([len(rows) for rows in self.places])
-        moments = [
-            find_moments(states, torch.from_numpy(row_set.rows).to(states.device), row_set.scale)
-            for row_set in batch
-        ]
-        self.center, self.scale = map(torch.stack, zip(*moments, strict=True))  # [F, D]
+        self.n_rows = torch.tensor([len(rows) for rows in self.places], dtype=torch.float64, device=device)
         members = torch.zeros(len(batch), self.n_places, dtype=torch.bool)
         for at, rows in enumerate(self.places):
             members[at, torch.from_numpy(rows)] = True
-        second = _sum_squares(states, members)  # [F, D, D]
+        self.center, self.scale, second = _find_moments(states, members, batch[0].scale)
         second -= self.n_rows[:, None, None] * self.center[:, :, None] * self.center[:, None]
         second /= self.scale[:, :, None] * self.scale[:, None]
         squares, self.vectors = torch.linalg.eigh(second)
@@ -75,18 +103,28 @@ class _Coordinates:
     def adjoint(self, errors: Tensor) -> Tensor:
         return torch.cat([self.backward(errors).matmul(self.vectors), errors.sum(2, keepdim=True)], 2)
 
-    def dense(self, at: int) -> Tensor:
-        rotated = (self.states - self.center[at]) @ (self.vectors[at] / self.scale[at, :, None])
-        return torch.cat([rotated, torch.ones_like(rotated[:, :1])], 1)
+    def second(self, at: int, weights: Tensor) -> Tensor:
+        total = self.gram.new_zeros(self.n_features + 1, self.n_features + 1)
+        for rows, x in self.states:
+            z = torch.cat([(x - self.center[at]) / self.scale[at], torch.ones_like(x[:, :1])], 1)
+            total += z.T @ (z * weights[rows, None])
+        rotation = torch.block_diag(self.vectors[at], torch.ones_like(total[:1, :1]))
+        rotated: Tensor = rotation.T @ total @ rotation
+        return rotated
 
     def forward(self, w: Tensor) -> Tensor:
         coefficients = w / self.scale[:, None]
-        logits = coefficients.flatten(0, 1).matmul(self.states.T).unflatten(0, w.shape[:2])
         shift = (self.center[:, None] * coefficients).sum(2, keepdim=True)
-        return torch.sub(logits, shift)
+        logits = w.new_empty(*w.shape[:2], self.n_places)
+        for rows, x in self.states:
+            product = coefficients.flatten(0, 1).matmul(x.T).unflatten(0, w.shape[:2])
+            torch.sub(product, shift, out=logits[:, :, rows])
+        return logits
 
     def backward(self, errors: Tensor) -> Tensor:
-        product = errors.flatten(0, 1).matmul(self.states).unflatten(0, errors.shape[:2])
+        product = errors.new_zeros(*errors.shape[:2], self.n_features)
+        for rows, x in self.states:
+            product += errors[:, :, rows].flatten(0, 1).matmul(x).unflatten(0, errors.shape[:2])
         centered: Tensor = product - self.center[:, None] * errors.sum(2, keepdim=True)
         return centered / self.scale[:, None]
 
@@ -94,17 +132,31 @@ class _Coordinates:
         return optimum.v[..., :-1].flatten(1, 2).matmul(self.vectors.mT)
 
 
-def _sum_squares(x: Tensor, members: Tensor) -> Tensor:
-    """Return Σ xxᵀ over each training set's samples, [F, D, D]. members: [F, n] whether a sample is in it.
+def _find_moments(states: Blocks, members: Tensor, scale: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return means and scales [F, D] (see `batches.find_scale`), and Σ xxᵀ [F, D, D], over each training set.
 
-    Samples that are in the same training sets are summed once for all of them; with so many such kinds that
-    this does not pay, each training set is summed by itself.
+    members: [F, n] whether a sample is in it. Two passes. Samples that are in the same training sets are summed
+    once for all of them; with so many such kinds that this does not pay, each training set is summed by itself.
     """
+    inside = members.to(states.device)
+    n_rows = inside.sum(1, dtype=torch.float64)[:, None]
+    mean = torch.zeros(len(members), states.shape[1], dtype=torch.float64, device=states.device)
+    for rows, x in states:
+        for at in range(len(members)):
+            mean[at] += x[inside[at, rows]].sum(0)
+    mean /= n_rows
     kinds, kind = torch.unique(members, dim=1, return_inverse=True)  # [F, n_kinds], [n]
     if kinds.shape[1] > 4 * len(members):
-        return torch.stack([x[m].T @ x[m] for m in members.to(x.device)])
-    total = x.new_zeros(len(members), x.shape[1], x.shape[1])
-    for number in range(kinds.shape[1]):
-        rows = (kind == number).nonzero()[:, 0].to(x.device)
-        total[kinds[:, number].to(x.device)] += x[rows].T @ x[rows]
-    return total
+        kinds, kind = torch.eye(len(members), dtype=torch.bool), None
+    sums = mean.new_zeros(kinds.shape[1], *mean.shape[1:], states.shape[1])  # [n_kinds, D, D]
+    variance = torch.zeros_like(mean)
+    for rows, x in states:
+        for number in range(len(sums)):
+            part = x[inside[number, rows] if kind is None else (kind[rows] == number).to(x.device)]
+            sums[number] += part.T @ part
+        for at in range(len(members)) if scale else ():
+            for part in x[inside[at, rows]].split(max(1, CACHED[x.device.type] // x.shape[1])):
+                variance[at] += part.sub_(mean[at]).square_().sum(0)
+    second = torch.stack([sums[k.to(sums.device)].sum(0) for k in kinds])
+    deviation = find_scale(mean, variance / n_rows, n_rows) if scale else torch.ones_like(mean)
+    return mean, deviation, second

@@ -11,14 +11,18 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from mmextract.probes import newton
+from mmextract.probes import cholesky, newton
 from mmextract.probes.batches import make_batches
 from mmextract.probes.dual import DualSolver
 from mmextract.probes.primal import PrimalSolver
 from mmextract.probes.solvers import FloatArray, IntArray, Job, Solution, Solver, kkt_residual
 
 PENALTIES = (1e-3, 0.1, 10.0)
-SOLVERS = [pytest.param(DualSolver(), id="dual"), pytest.param(PrimalSolver(), id="primal")]
+SOLVERS = [
+    pytest.param(DualSolver(), id="dual"),
+    pytest.param(DualSolver(few_labels=0), id="dual, many labels"),
+    pytest.param(PrimalSolver(), id="primal"),
+]
 both = pytest.mark.parametrize("solver", SOLVERS)
 
 Data = tuple[FloatArray, IntArray]
@@ -216,8 +220,30 @@ def test_where_conjugate_gradients_are_slow_the_hessian_is_factorised(
 def test_a_problem_that_is_given_up_says_so(solver: Solver, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = mixed(40, 60)
     monkeypatch.setattr(newton, "MOST_STEPS", 1)
+    monkeypatch.setattr(cholesky, "MOST_STEPS", 1)
     ((solution,),) = solver.solve(x, [everything(y, (10.0,))])
     assert solution.n_iter == 1 and not solution.converged
+
+
+def test_a_matrix_that_single_precision_cannot_factorise_is_factorised_in_double() -> None:
+    x, _ = duplicated()
+    newton = cholesky.GramNewton(x @ x.T)
+    single, double = (newton.factorise(np.full(40, root)) for root in (1e-6, 1e2))
+    assert single.matrix.dtype == np.float32 and double.matrix.dtype == np.float64
+    right = np.arange(40.0)
+    solved = double.solve(right)
+    np.testing.assert_allclose(1e4 * (x @ (x.T @ solved)) + solved, right, atol=1e-3)
+
+
+@pytest.mark.parametrize("patience", [0, 1000])
+def test_old_factors_and_new_ones_lead_to_the_same_optimum(
+    patience: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = mixed(40, 60)
+    job = everything(y)
+    monkeypatch.setattr(cholesky, "PATIENCE", patience)
+    (solutions,) = DualSolver().solve(x, [job])
+    check(x, job, solutions)
 
 
 def test_labels_share_their_rows_and_batches_stay_within_their_size() -> None:

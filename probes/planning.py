@@ -1,0 +1,251 @@
+"""What a probe run will cost, from shapes alone: fits, memory of a worker, and how many workers the machine holds.
+
+Peak memory is that of one process that scores one layer and position. It is an upper bound: arrays are counted
+where the code makes them, temporaries included, and a test holds a worker's resident memory between half of it
+and all of it. On a GPU the same arrays lie in its memory, and the process needs as much again for CUDA, which
+was not measured. This module knows nothing about labels' meaning or scores.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from mmextract.engine.store import open_store
+from mmextract.probes import permutation
+from mmextract.probes.choice import choose
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from mmextract.probes.run import ProbePlan
+
+BASE_BYTES = 760 << 20
+"""A process that has loaded torch, scikit-learn and dask, and its BLAS's buffers: 680 MiB with torch 2.14 for
+processors on Linux."""
+
+SLACK, SLACK_BYTES = 1.15, 16 << 20
+"""What the allocator keeps beyond the arrays that are counted, and libraries at their first call: without them
+the figures were up to 13 % and 11 MiB short."""
+
+DOUBLE, SINGLE = 8, 4
+N_METRICS = 6
+"""Scores of a task, each with a deviation a group (`metrics`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """Fits that a solver is given at once."""
+
+    n_rows: int
+    """Samples of a training set."""
+    n_sets: int
+    """Training sets."""
+    n_labels: int
+    """Label vectors of each."""
+    n_penalties: int
+    """Values of C."""
+    n_outputs: int
+    """Logits of a sample."""
+
+    @property
+    def n_fits(self) -> int:
+        """Probes fitted."""
+        return self.n_sets * self.n_labels * self.n_penalties
+
+    @property
+    def n_columns(self) -> int:
+        """Logits of a training set's sample, over all its labels."""
+        return self.n_labels * self.n_outputs
+
+
+def list_rounds(plan: ProbePlan) -> list[Round]:
+    """Return what one layer and position takes: the choice of C if there is one, and the probes that are scored."""
+    settings, n = plan.settings, plan.design.n_samples
+    n_classes = len(plan.design.classes)
+    n_outputs = 1 if n_classes == 2 else n_classes
+    n_repeats, folds = len(plan.tasks[0].folds), int(plan.tasks[0].folds.max()) + 1
+    n_sets = len(plan.tasks) * n_repeats * folds  # tasks' folds are stratified by their own labels
+    n_rows = n - n // folds
+    rounds = [Round(n_rows=n_rows, n_sets=n_sets, n_labels=1, n_penalties=1, n_outputs=n_outputs)]
+    if len(settings.penalties) > 1 and settings.preset != "paper":
+        inner = settings.inner_folds
+        rounds.append(
+            Round(
+                n_rows=n_rows - n_rows // inner,
+                n_sets=n_sets * inner,
+                n_labels=1,
+                n_penalties=len(settings.penalties),
+                n_outputs=n_outputs,
+            )
+        )
+    return rounds
+
+
+def list_tests(plan: ProbePlan) -> list[Round]:
+    """Return what the permutation tests of one layer and position take: a round a training set and batch of labels."""
+    settings, design = plan.settings, plan.design
+    if settings.preset == "paper" or not settings.n_permutations or not permutation.can_shuffle(design):
+        return []
+    first = list_rounds(plan)[0]
+    penalties = len(settings.test_penalties)
+    size = penalties * first.n_outputs * (design.n_samples + plan.hidden_size)
+    most = max(1, permutation.MOST_ELEMENTS // size)
+    labels = 1 + settings.n_permutations
+    batches = [min(most, labels - start) for start in range(0, labels, most)]
+    n_sets = int(plan.tasks[0].folds.max()) + 1
+    return [
+        replace(first, n_sets=1, n_labels=batch, n_penalties=penalties)
+        for batch in batches
+        for _ in range(n_sets)
+    ]
+
+
+def find_solver(plan: ProbePlan, n_rows: int) -> str:
+    """Return the name of the solver of training sets of that size."""
+    if plan.settings.preset == "paper":
+        return "sklearn"
+    if plan.settings.solver != "auto":
+        return plan.settings.solver
+    return choose(n_rows, plan.hidden_size, "cpu")
+
+
+def predict_task_bytes(plan: ProbePlan) -> int:
+    """Return what scoring one layer and position takes at its peak, above what the process has anyway."""
+    n, d = plan.design.n_samples, plan.hidden_size
+    held = DOUBLE * n * d
+    reading = SINGLE * d * (plan.n_stored + n) + _chunk_bytes(plan)
+    tests = list_tests(plan)
+    rounds = max(_solving_bytes(plan, one) + _result_bytes(one, d) for one in (*list_rounds(plan), *tests))
+    return int(SLACK * (held + max(reading, rounds, _scoring_bytes(plan)))) + SLACK_BYTES
+
+
+def _chunk_bytes(plan: ProbePlan) -> int:
+    """Return what shards take while they are read: each thread decodes all positions of a layer's chunk."""
+    states = open_store(plan.store).hidden_states
+    assert states.shards is not None
+    threads = min(os.cpu_count() or 1, -(-states.shape[0] // states.shards[0]))
+    return 3 * threads * states.dtype.itemsize * states.shards[0] * states.shape[2] * states.shape[3]
+
+
+def predict_bytes(plan: ProbePlan) -> int:
+    """Return the peak resident memory of a worker process, in bytes."""
+    return BASE_BYTES + _plan_bytes(plan) + predict_task_bytes(plan)
+
+
+def _plan_bytes(plan: ProbePlan) -> int:
+    """Return what the plan itself takes: splits and the samples' names, and these once more on their way there."""
+    splits = sum(task.folds.nbytes + task.inner_folds.nbytes + task.y.nbytes for task in plan.tasks)
+    return 2 * (splits + 400 * plan.design.n_samples)
+
+
+def _result_bytes(one: Round, d: int) -> int:
+    """Return what jobs and solutions take: those of a round are held until its last one is there."""
+    rows = 2 * DOUBLE * one.n_sets * one.n_labels * one.n_rows
+    return rows + DOUBLE * one.n_fits * one.n_outputs * (d + 64)
+
+
+def _solving_bytes(plan: ProbePlan, one: Round) -> int:
+    from mmextract.probes import dual, primal
+    from mmextract.probes.batches import LIVE_LOGITS
+
+    m, d, q = one.n_rows, plan.hidden_size, one.n_columns
+    n = plan.design.n_samples
+    solver = find_solver(plan, m)
+    if solver in ("sklearn", "cuml"):
+        return DOUBLE * (6 * m * d + 4 * m * min(m, d))
+    weights = 6 * one.n_labels * one.n_outputs * d
+    if solver == "primal":
+        size = 2 * d * d + LIVE_LOGITS * n * q
+        n_together = max(1, min(one.n_sets, primal.MOST_ELEMENTS["cpu"] // size))
+        # moments, their eigenvectors and LAPACK's workspace; logits; a Hessian with its features, if one is needed
+        hessian = 2 * n * d + 3 * (d * one.n_outputs) ** 2
+        return DOUBLE * (n_together * (5 * d * d + LIVE_LOGITS * n * q + weights) + 3 * d * d + hessian)
+    if one.n_outputs == 1 and one.n_labels <= dual.FEW_LABELS:
+        return DOUBLE * (2 * m * d + 3 * m * m + LIVE_LOGITS * m * q + weights)
+    size = m * (m + d + LIVE_LOGITS * q)
+    n_together = max(1, min(one.n_sets, dual.MOST_ELEMENTS["cpu"] // size))
+    return DOUBLE * (n_together * (m * d + 2 * m * m + LIVE_LOGITS * m * q + weights) + 5 * m * m + m * d)
+
+
+def _scoring_bytes(plan: ProbePlan) -> int:
+    """Return what scores take: decisions of all labels of a batch, and deviations by group of all shuffles."""
+    tests = list_tests(plan)
+    if not tests:
+        return 0
+    decisions = tests[0].n_labels * tests[0].n_penalties * tests[0].n_outputs * plan.design.n_samples
+    deviations = (1 + plan.settings.n_permutations) * plan.design.n_groups
+    return DOUBLE * (3 * decisions + 3 * N_METRICS * deviations)
+
+
+def available_bytes() -> int:
+    """Return the memory that this process and its children may still take, a container's limit respected."""
+    from distributed.system import MEMORY_LIMIT
+
+    return int(min(psutil.virtual_memory().available, MEMORY_LIMIT))
+
+
+def choose_workers(plan: ProbePlan, workers: int, cores: int) -> int:
+    """Return the number of worker processes: `workers`, or for 0 one a core, as far as memory suffices.
+
+    Raises ValueError if not one of them fits, or not as many as were asked for, saying what would.
+    """
+    most = available_bytes() // predict_bytes(plan)
+    if most < max(1, workers):
+        raise ValueError(
+            f"{max(1, workers)} workers of {_gib(predict_bytes(plan))} each do not fit into the "
+            f"{_gib(available_bytes())} of memory that are free: "
+            + (f"give --workers {most}" if most else "probe fewer samples (--where), or on a larger machine")
+        )
+    return min(workers or min(cores, most), len(plan.cells))
+
+
+def check_cluster(plan: ProbePlan, client: Client) -> None:
+    """Raise ValueError if a worker of the cluster has less memory than its tasks need, at one task a thread."""
+    workers: Mapping[str, Mapping[str, Any]] = client.scheduler_info(n_workers=-1)["workers"]
+    for address, worker in workers.items():
+        n_threads, limit = int(worker["nthreads"]), int(worker["memory_limit"])
+        needed = BASE_BYTES + _plan_bytes(plan) + n_threads * predict_task_bytes(plan)
+        if 0 < limit < needed:
+            raise ValueError(
+                f"the worker {address} may use {_gib(limit)}, and {n_threads} probes at a time take "
+                f"{_gib(needed)}: start it with --nthreads 1, or a larger --memory-limit"
+            )
+
+
+def describe(plan: ProbePlan, workers: int, seconds: float) -> str:
+    """Return what would be done and what it would cost, for people. seconds: of one core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    rounds = list_rounds(plan)
+    solvers = " and ".join(dict.fromkeys(find_solver(plan, one.n_rows) for one in rounds))
+    n_fits, n_tests = (sum(one.n_fits for one in some) for some in (rounds, list_tests(plan)))
+    chosen = choose_workers(plan, workers, cores)
+    layers = ", ".join("embed" if layer < 0 else str(layer) for layer in plan.layers)
+    d, n = plan.hidden_size, plan.design.n_samples
+    lines = [
+        f"samples    {n:,} in {plan.design.n_groups:,} groups, {d:,} features, "
+        f"{len(plan.design.classes)} classes of {plan.design.label}",
+        f"layers     {layers}",
+        f"positions  {', '.join(plan.positions)}",
+        f"tasks      {', '.join(task.name for task in plan.tasks)}",
+        f"fits       {(n_fits + n_tests) * len(plan.cells):,}: {n_fits:,} for the scores and {n_tests:,} for the "
+        f"permutations, at each of {len(plan.cells):,} layers × positions",
+        f"solver     {solvers}, training sets of {', '.join(f'{one.n_rows:,}' for one in rounds)} samples",
+        f"memory     at most {_gib(predict_bytes(plan))} a worker, "
+        f"{_gib(predict_task_bytes(plan))} of it for the probes",
+        f"workers    {chosen}: {_gib(chosen * predict_bytes(plan))} of {_gib(available_bytes())} that are free",
+        f"time       about {_duration(seconds / max(1, min(chosen, cores)))}",
+    ]
+    return "\n".join(lines)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
