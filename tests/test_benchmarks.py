@@ -134,3 +134,18 @@ def test_bench_finetune_compares_a_step_with_a_bare_loop_and_the_trainer(tmp_pat
     ratios = json.loads((tmp_path / "out.json").read_text())["results"]["ratios"]
     assert set(ratios) == {"bare loop", "Trainer", "ours, images met first", "ours, images kept"}
     assert all(ratio > 0 for ratio in ratios.values())
+
+
+@pytest.mark.timeout(300)
+def test_bench_preprocess_finds_no_value_that_differs_from_the_processors(tmp_path: Path) -> None:
+    names = ["llava", "siglip-pil", "qwen2-vl"]
+    sizes = ["--limit", "2", "--largest", "300000", "--repeats", "1", "--json", str(tmp_path / "out.json")]
+    command = [sys.executable, str(BENCHMARKS / "bench_preprocess.py"), *names, *sizes]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "÷ processor" in done.stdout
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert results["decode"]["images_per_second"] > 0 and set(results["families"]) == set(names)
+    for found in results["families"].values():
+        assert found["values_compared"] > 100_000 and found["values_differing"] == 0
+        assert found["ours_over_processor"] > 0 and found["images_per_second"] > 0
