@@ -13,6 +13,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from mmextract.engine.loading import Loaded, ModelSpec, choose_device, load_mode
 from mmextract.engine.preprocess import Size
 from mmextract.engine.preprocess_choice import Preprocessing, choose
 from mmextract.engine.preprocess_device import Packed, Waiting
-from mmextract.engine.prompts import ChatFormat
+from mmextract.engine.prompts import Answered, ChatFormat
 from mmextract.engine.samples import Turn
 from mmextract.engine.watermark import Stamp
 from mmextract.kernels.reference import Uint8Array
@@ -104,6 +105,26 @@ class Adapter:
     def render(self, turns: Sequence[Turn]) -> str:
         """Return the prompt of a conversation, see `ChatFormat.render`. Raises RejectedSample."""
         return self._chat.render(turns)
+
+    def answered(self, turns: Sequence[Turn], answer: str) -> Answered:
+        """Return a conversation with its answer, see `ChatFormat.answered`. Raises RejectedSample."""
+        return self._chat.answered(turns, answer)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the token ids of a text as `encode` has them, but with the image's placeholder not expanded."""
+        adds = self._adds_special_tokens(text)
+        ids: list[int] = self._loaded.tokenizer(text, add_special_tokens=adds, truncation=False).input_ids
+        return ids
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self._loaded.tokenizer
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoint lies."""
+        return self._loaded.weights.folder
 
     def encode(self, text: str, pixels: Uint8Array | None, stamp: Stamp | None = None) -> Encoded:
         """Turn a rendered prompt and its image into the model's inputs, without padding or truncation.

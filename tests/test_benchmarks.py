@@ -126,6 +126,17 @@ def test_the_gpu_benchmark_says_at_once_that_it_needs_a_device(tmp_path: Path) -
 
 
 @pytest.mark.timeout(300)
+def test_bench_finetune_compares_a_step_with_a_bare_loop_and_the_trainer(tmp_path: Path) -> None:
+    sizes = ["--steps", "4", "--batch-size", "2", "--repeats", "1"]
+    command = [sys.executable, BENCHMARKS / "bench_finetune.py", *sizes, "--json", tmp_path / "out.json"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ratios = json.loads((tmp_path / "out.json").read_text())["results"]["ratios"]
+    assert set(ratios) == {"bare loop", "Trainer", "ours, images met first", "ours, images kept"}
+    assert all(ratio > 0 for ratio in ratios.values())
+
+
+@pytest.mark.timeout(300)
 def test_bench_preprocess_finds_no_value_that_differs_from_the_processors(tmp_path: Path) -> None:
     names = ["llava", "siglip-pil", "qwen2-vl"]
     sizes = ["--limit", "2", "--largest", "300000", "--repeats", "1", "--json", str(tmp_path / "out.json")]
