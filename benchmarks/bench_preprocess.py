@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -25,7 +26,7 @@ from PIL import Image
 
 from harness import alternate, save, show
 from mmextract.engine.builtin.architecture import make_tokenizer
-from mmextract.engine.images import decode
+from mmextract.engine.images import RejectedSample, decode
 from mmextract.engine.preprocess_choice import check_image, choose
 from mmextract.engine.samples import read_samples
 from mmextract.kernels.reference import Uint8Array
@@ -73,11 +74,17 @@ def processors() -> dict[str, Callable[[], Any]]:
 
 
 def make_images(limit: int | None, largest: int) -> list[Uint8Array]:
-    """Return photos and synthetic images of at most `largest` pixels, at most `limit` of each kind."""
+    """Return photos and synthetic images of at most `largest` pixels, at most `limit` of each kind.
+
+    A photo that a dump would reject is left out.
+    """
     import skimage
 
-    photos = read_samples(Path(skimage.__file__).parent / "data", prompt="?").samples
-    found = [decode(sample.image).pixels for sample in photos[:limit] if sample.image is not None]
+    found = []
+    for sample in read_samples(Path(skimage.__file__).parent / "data", prompt="?").samples[:limit]:
+        assert sample.image is not None
+        with suppress(RejectedSample):
+            found.append(decode(sample.image).pixels)
     found += [check_image(*size) for size in SIZES[:limit]]
     return [pixels for pixels in found if pixels.shape[0] * pixels.shape[1] <= largest]
 
