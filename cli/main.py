@@ -16,6 +16,7 @@ import rich_click as click
 
 from mmextract.cli.doctor import doctor
 from mmextract.cli.dump import dump
+from mmextract.cli.dynamics import dynamics
 from mmextract.cli.export import export
 from mmextract.cli.identities import identities
 from mmextract.cli.info import info
@@ -66,7 +67,7 @@ def group() -> None:
     """
 
 
-for command in (dump, probe, watermark, identities, info, verify, export, doctor):
+for command in (dump, probe, dynamics, watermark, identities, info, verify, export, doctor):
     group.add_command(command)
 
 

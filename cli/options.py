@@ -61,6 +61,11 @@ def marking_options(command: Command) -> Command:
     return _add(command, _MARKING)
 
 
+def look_options(command: Command) -> Command:
+    """Add the options that say how a watermark looks, for a command with a design of its own."""
+    return _add(command, _MARKING[4:])
+
+
 def _add(command: Command, options: tuple[Callable[[Command], Command], ...]) -> Command:
     for option in reversed(options):
         command = option(command)
@@ -90,7 +95,7 @@ def take_marking(options: dict[str, Any], default: Marking | None = None) -> Mar
 
     files = {name: options.pop(name) for name in ("identities", "seen", "unseen")}
     rate = options.pop("rate")
-    look = _take_look(options)
+    look = take_look(options)
     if files["identities"] and (files["seen"] or files["unseen"]):
         raise click.UsageError(
             "give --identities (a share of the images) or --seen and --unseen (pairs), not both"
@@ -109,8 +114,8 @@ def take_marking(options: dict[str, Any], default: Marking | None = None) -> Mar
     return None
 
 
-def _take_look(options: dict[str, Any]) -> dict[str, Any]:
-    """Return what was given of `WatermarkSpec`."""
+def take_look(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of `look_options` out of `options`; return what was given of `WatermarkSpec`."""
     names = ("seed", "fields", "field_names", "font_px", "font_scale", "color", "opacity")
     look = {name: value for name in names if (value := options.pop(name)) is not None}
     if "fields" in look:
