@@ -107,7 +107,10 @@ def run_dynamics(
         viewer = Viewer(Preparer(meter.adapter, spec.views.marking.spec, spec.max_length), spec.views)
         sums = NestedSums(sizes=spec.batch_sizes, unit_sizes=meter.sizes)
         seen = islice(_see(rows, viewer, spec.threads, found.rejected), spec.n_samples)
-        n_used.append(_measure(meter, seen, sums, spec, on_progress))
+        try:
+            n_used.append(_measure(meter, seen, sums, spec, on_progress))
+        except torch.OutOfMemoryError as error:
+            raise ValueError(_too_large(meter.n_parameters, spec)) from error
         measured = sums.measured()
         about = (checkpoint.name, spec.views.names, measured, meter.units)
         found.cosines.extend(make_cosine_rows(*about, seed=spec.views.seed))
@@ -115,6 +118,15 @@ def run_dynamics(
         found.n_parameters[checkpoint.name] = meter.n_parameters
         found.models[checkpoint.name] = meter.adapter.describe()
     return replace(found, n_samples=min(n_used))
+
+
+def _too_large(n_parameters: int, spec: DynamicsSpec) -> str:
+    n_views, n_sizes = len(spec.views.names), len(spec.batch_sizes)
+    return (
+        f"out of memory: sums of {n_parameters:,} weights' gradients in {n_views} views and {n_sizes} batch sizes take "
+        f"{4 * n_parameters * n_views * n_sizes / 2**30:.1f} GiB beside the model: take fewer --rate and --batch-size, "
+        "or the gradient of a LoRA and not of all weights"
+    )
 
 
 def _load(spec: DynamicsSpec, checkpoint: Checkpoint) -> GradientMeter:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
@@ -26,63 +27,85 @@ _STYLES = {  # of Okabe and Ito's palette, which colour-blind readers can tell a
     OTHER_BATCH: ("#777777", "x"),
     CLEAN: ("#333333", "o"),
 }
-_PARTS_OF_A_POINT = 0.5
+_WIDTH_OF_A_PLACE = 0.5
 """Width over which the points of one place are spread, in places."""
 
 
+@dataclass(frozen=True)
+class _Panel:
+    """One set of axes."""
+
+    title: str
+    x_label: str
+    y_label: str
+    field: str
+    """What is drawn of a row: `cosine` or `noise_scale`."""
+    rows: Sequence[Any]
+    places: Sequence[Any]
+    """Along the x axis, evenly spaced."""
+    place_of: Callable[[Any], Any]
+    """Row → its place."""
+
+
 def draw(cosines: Sequence[CosineRow], noise: Sequence[NoiseRow]) -> Figure:
-    """Draw the last checkpoint by batch size and by part, all checkpoints along training, and the noise scale."""
+    """Draw the last checkpoint by batch size and by part, the noise scale and, if there are several, all checkpoints.
+
+    A noise scale whose interval has no upper end is drawn with its lower end only.
+    """
+    panels = _arrange(cosines, noise)
+    figure = Figure(figsize=(10.5, 7.6), layout="constrained", facecolor="white")
+    axes = list(figure.subplots(2, 2).flat)
+    handles: dict[str, Any] = {}
+    for ax, panel in zip(axes, panels, strict=False):
+        handles |= _draw_panel(ax, panel)
+    for ax in axes[len(panels) :]:
+        ax.set_visible(False)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9
+    )
+    return figure
+
+
+def _arrange(cosines: Sequence[CosineRow], noise: Sequence[NoiseRow]) -> list[_Panel]:
     checkpoints = list(dict.fromkeys(row.checkpoint for row in cosines))
     sizes = sorted({row.batch_size for row in cosines})
     last, largest = checkpoints[-1], sizes[-1]
     whole = [row for row in cosines if row.matrix == ALL]
+    of_all = [row for row in whole if row.group == ALL]
     groups = [group for group in dict.fromkeys(row.group for row in whole) if group != ALL]
-    figure = Figure(figsize=(10.5, 7.6), layout="constrained", facecolor="white")
-    axes = figure.subplots(2, 2)
+    now = [row for row in of_all if row.checkpoint == last]
+    parts = [row for row in whole if row.checkpoint == last and row.batch_size == largest]
+    training = [row for row in of_all if row.batch_size == largest]
+    scales = [row for row in noise if row.checkpoint == last and row.group == row.matrix == ALL]
+    of_size = f"batches of {largest}"
+    panels = [
+        _Panel(f"Against the clean gradient, {last}", "batch size", "cosine", "cosine", now, sizes, _size),
+        _Panel(
+            f"By part of the model, {of_size}", "", "cosine", "cosine", parts, groups, lambda row: row.group
+        ),
+    ]
+    if len(sizes) > 1:
+        x = f"estimated from batches of {sizes[0]} and of"
+        panels.append(
+            _Panel(f"Gradient noise scale, {last}", x, "examples", "noise_scale", scales, sizes[1:], _size)
+        )
+    if len(checkpoints) > 1:
+        panels.append(
+            _Panel(
+                f"Along training, {of_size}",
+                "",
+                "cosine",
+                "cosine",
+                training,
+                checkpoints,
+                lambda row: row.checkpoint,
+            )
+        )
+    return panels
 
-    def of_all(row: Any) -> bool:
-        return bool(row.group == ALL and row.matrix == ALL)
 
-    _panel(
-        axes[0, 0],
-        [row for row in whole if of_all(row) and row.checkpoint == last],
-        sizes,
-        lambda row: row.batch_size,
-        "cosine",
-    )
-    _label(axes[0, 0], f"Gradients against the clean batch's, {last}", "batch size", "cosine")
-    _panel(
-        axes[0, 1],
-        [row for row in whole if row.checkpoint == last and row.batch_size == largest],
-        groups,
-        lambda row: row.group,
-        "cosine",
-    )
-    _label(axes[0, 1], f"By part of the model, batches of {largest}", "", "cosine")
-    _panel(
-        axes[1, 0],
-        [row for row in whole if of_all(row) and row.batch_size == largest],
-        checkpoints,
-        lambda row: row.checkpoint,
-        "cosine",
-    )
-    _label(axes[1, 0], f"Along training, batches of {largest}", "", "cosine")
-    scales = [row for row in noise if of_all(row) and row.checkpoint == last]
-    _panel(axes[1, 1], scales, sizes[1:], lambda row: row.batch_size, "noise_scale")
-    if any(row.noise_scale for row in scales):
-        axes[1, 1].set_yscale("log")
-    _label(axes[1, 1], f"Gradient noise scale, {last}", "estimated from batches of 1 and of", "examples")
-    handles = {h.get_label(): h for ax in (axes[1, 1], axes[0, 0]) for h in ax.containers}
-    names = [name for name in _views(cosines, noise) if name in handles]
-    figure.legend(
-        [handles[name] for name in names],
-        names,
-        loc="outside lower center",
-        ncols=4,
-        frameon=False,
-        fontsize=9,
-    )
-    return figure
+def _size(row: Any) -> int:
+    return int(row.batch_size)
 
 
 def save(figure: Figure, kind: str) -> bytes:
@@ -93,42 +116,34 @@ def save(figure: Figure, kind: str) -> bytes:
     return out.getvalue()
 
 
-def _panel(
-    ax: Axes, rows: Sequence[Any], places: Sequence[Any], place_of: Callable[[Any], Any], field: str
-) -> None:
-    """Draw the curve of each view with its intervals, the places evenly spaced."""
-    views = _views(rows, ())
+def _draw_panel(ax: Axes, panel: _Panel) -> dict[str, Any]:
+    """Draw the curve of each view with its intervals; return what to show of each in a legend."""
+    views = list(dict.fromkeys(row.view for row in panel.rows))
     rates = [view for view in views if view not in _STYLES]
+    drawn = {}
     for number, view in enumerate(views):
-        found = {place_of(row): row for row in rows if row.view == view}
-        values = [_number(found.get(place), field) for place in places]
-        ends = [[_number(found.get(place), end) for place in places] for end in ("low", "high")]
-        below, above = np.nan_to_num(np.abs(np.array(ends) - values))
+        found = {panel.place_of(row): row for row in panel.rows if row.view == view}
+        values = np.array([_number(found.get(place), panel.field) for place in panel.places])
+        ends = np.array(
+            [[_number(found.get(place), end) for place in panel.places] for end in ("low", "high")]
+        )
+        shift = _WIDTH_OF_A_PLACE * ((number + 0.5) / len(views) - 0.5)
         color, marker = _STYLES.get(view) or (_RATES((1 + rates.index(view)) / len(rates)), "o")
-        shift = _PARTS_OF_A_POINT * ((number + 0.5) / len(views) - 0.5)
-        x = np.arange(len(places)) + shift
-        line = "--" if view == OTHER_BATCH else "-"
-        ax.errorbar(
-            x,
+        drawn[_plain(view)] = ax.errorbar(
+            np.arange(len(panel.places)) + shift,
             values,
-            (below, above),
+            np.nan_to_num(np.abs(ends - values)),
             color=color,
             marker=marker,
             markersize=4,
             linewidth=1.3,
             elinewidth=1,
-            linestyle=line,
-            label=_plain(view),
+            linestyle="--" if view == OTHER_BATCH else "-",
         )
-    turned = len(places) > 4 and any(isinstance(place, str) for place in places)
-    ax.set_xticks(range(len(places)), [_plain(str(place)) for place in places], rotation=40 if turned else 0)
-    if turned:
-        for tick in ax.get_xticklabels():
-            tick.set_horizontalalignment("right")
-
-
-def _views(cosines: Sequence[Any], noise: Sequence[Any]) -> list[str]:
-    return list(dict.fromkeys(row.view for row in (*cosines, *noise)))
+    if panel.field == "noise_scale" and any(row.noise_scale for row in panel.rows):
+        ax.set_yscale("log")
+    _label(ax, panel)
+    return drawn
 
 
 def _number(row: Any, field: str) -> float:
@@ -140,11 +155,16 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")  # a dollar would begin a formula
 
 
-def _label(ax: Axes, title: str, x: str, y: str) -> None:
-    ax.set_title(_plain(title), fontsize=10, color=_INK, loc="left")
-    ax.set_xlabel(x, fontsize=9, color=_INK)
-    ax.set_ylabel(y, fontsize=9, color=_INK)
+def _label(ax: Axes, panel: _Panel) -> None:
+    ax.set_title(_plain(panel.title), fontsize=10, color=_INK, loc="left")
+    ax.set_xlabel(panel.x_label, fontsize=9, color=_INK)
+    ax.set_ylabel(panel.y_label, fontsize=9, color=_INK)
+    turned = len(panel.places) > 4 and isinstance(panel.places[0], str)
+    ax.set_xticks(range(len(panel.places)), [_plain(str(place)) for place in panel.places])
     ax.tick_params(labelsize=8, colors=_INK)
+    if turned:
+        ax.tick_params(axis="x", labelrotation=40)
+    ax.minorticks_off()
     ax.grid(color=_GRID, linewidth=0.8)
     ax.set_axisbelow(True)
     for side in ("top", "right"):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -83,7 +84,9 @@ def lora(tiny_folders: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
         torch.manual_seed(3)
         model = AutoModelForImageTextToText.from_pretrained(tiny_folders["llava"], dtype=torch.float32)
         targets = r".*language_model\.layers.*\.(q_proj|down_proj)"
-        tuned = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=targets))
+        with warnings.catch_warnings():  # peft asks transformers for it by its old name
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            tuned = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=targets))
         for name, parameter in tuned.named_parameters():
             if trained and "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.3)
