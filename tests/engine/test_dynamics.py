@@ -141,7 +141,7 @@ def test_cosines_of_a_linear_model_are_those_of_its_closed_form() -> None:
         rows = []
         for features in example[:2]:
             weights = torch.tensor(w, requires_grad=True)
-            (0.5 * (weights @ torch.tensor(features) - example[2]) ** 2).backward()  # type: ignore[no-untyped-call]
+            (0.5 * (weights @ torch.tensor(features) - example[2]) ** 2).backward()
             assert weights.grad is not None
             rows.append(weights.grad)
         sums.add(torch.stack(rows))
