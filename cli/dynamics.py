@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from mmextract.cli.options import FILE, data_options, look_options, read_data, take_look
+from mmextract.cli.options import (
+    FILE,
+    data_options,
+    look_options,
+    model_options,
+    read_data,
+    take_look,
+    take_model,
+)
 from mmextract.cli.reporting import exit_code, list_rejected, note, progress_bar
 
 if TYPE_CHECKING:
@@ -20,13 +28,10 @@ if TYPE_CHECKING:
     from mmextract.engine.rows import RandomMarking
     from mmextract.engine.samples import Dataset
 
-_MODEL_FIELDS = ("revision", "adapter", "dtype", "device", "attn_implementation", "trust_remote_code")
-
 
 @click.command()
 @click.argument("data", type=click.Path(path_type=Path), required=False)
 @click.option("--model", default="builtin:base", show_default=True, help="Folder or hub id of a model.")
-@click.option("--revision", help="Revision on the hub.")
 @click.option("--adapter", help="Folder or hub id of a LoRA (peft): gradients are those of its weights.")
 @click.option(
     "--checkpoint",
@@ -70,6 +75,7 @@ _MODEL_FIELDS = ("revision", "adapter", "dtype", "device", "attn_implementation"
 @click.option("--json", is_flag=True, help="Print the record as JSON on stdout.")
 @data_options
 @look_options
+@model_options
 def dynamics(data: Path | None, output: Path, **options: Any) -> int:
     """Compare gradients of the same weights on the same batch: clean, watermarked, augmented.
 
@@ -96,16 +102,12 @@ def dynamics(data: Path | None, output: Path, **options: Any) -> int:
 
 
 def _read_spec(data: Path | None, options: dict[str, Any]) -> tuple[DynamicsSpec, Dataset]:
-    from mmextract.engine import builtin
     from mmextract.engine.dynamics import DynamicsSpec
     from mmextract.engine.dynamics_views import ViewSettings
-    from mmextract.engine.loading import ModelSpec
 
     dataset = _builtin_tasks(options) if data is None else read_data(data, options)
     marking = _take_marking(data, options)
-    folder, own_adapter = builtin.locate_model(options.pop("model"))
-    settings = {name: options.pop(name) for name in _MODEL_FIELDS}
-    settings["adapter"] = settings["adapter"] or own_adapter
+    model = take_model(options, options.pop("model"), options.pop("adapter"))
     views = ViewSettings(
         marking=marking,
         rates=options.pop("rate"),
@@ -115,7 +117,7 @@ def _read_spec(data: Path | None, options: dict[str, Any]) -> tuple[DynamicsSpec
         seed=marking.spec.seed,
     )
     spec = DynamicsSpec(
-        checkpoints=_checkpoints(options.pop("checkpoint"), ModelSpec(model=folder, **settings)),
+        checkpoints=_checkpoints(options.pop("checkpoint"), model),
         views=views,
         batch_sizes=options.pop("batch_size"),
         n_samples=options.pop("samples"),
@@ -127,33 +129,23 @@ def _read_spec(data: Path | None, options: dict[str, Any]) -> tuple[DynamicsSpec
 def _builtin_tasks(options: dict[str, Any]) -> Dataset:
     """Return the built-in images with the questions of their task, in place of those about the watermark."""
     from mmextract.engine import builtin
-    from mmextract.engine.samples import Turn
 
     dataset = read_data(builtin.DATA, options)
-    samples = [
-        replace(
-            sample,
-            turns=(replace(sample.turns[0], text=f"<image>\n{sample.columns['task_question']}"),),
-            answer=str(sample.columns["task_answer"]),
-        )
-        for sample in dataset.samples
-    ]
-    assert all(isinstance(turn, Turn) for sample in samples for turn in sample.turns)
-    return replace(dataset, samples=samples, source="builtin:data")
+    task = builtin.task(dataset)
+    return replace(dataset, samples=[question.sample for question in task.questions], source=task.source)
 
 
 def _take_marking(data: Path | None, options: dict[str, Any]) -> RandomMarking:
     from mmextract.engine import builtin
     from mmextract.engine.identities import read_identities
     from mmextract.engine.rows import RandomMarking
-    from mmextract.engine.watermark import WatermarkSpec
 
-    file, look = options.pop("identities"), take_look(options)
+    file = options.pop("identities")
     if file is None and data is not None:
         raise click.UsageError(
             "say whom to put on the images: --identities FILE (see `mmextract identities`)"
         )
-    spec = replace(builtin.LOOK, **look) if data is None else WatermarkSpec(**look)
+    spec = take_look(options, builtin.LOOK if data is None else None)
     people = builtin.marking().seen if file is None else tuple(read_identities(file))
     return RandomMarking(spec=spec, identities=people, rate=1.0)
 

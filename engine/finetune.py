@@ -260,4 +260,3 @@ def _naming_what_to_lower(spec: FinetuneSpec, device: torch.device) -> Iterator[
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error of torch is about memory: a GPU's, or the host's, which is a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-

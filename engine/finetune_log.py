@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import csv
 import importlib
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
+
+from mmextract.engine.objects import LocalObjects
 
 TRACKERS = ("tensorboard", "wandb")
 
@@ -67,10 +70,13 @@ class TrainingLog:
         self._trackers = [
             _open_tracker(name, self.path.parent, self._n_done, self._run) for name in self._names
         ]
-        self._file = self.path.open("w", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, FIELDS)
-        self._writer.writeheader()
-        self._writer.writerows(asdict(step) for step in self.steps)
+        rows = io.StringIO()
+        writer = csv.DictWriter(rows, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(step) for step in self.steps)
+        LocalObjects(self.path.parent).put(self.path.name, [rows.getvalue().encode()])
+        self._file = self.path.open("a", newline="", encoding="utf-8")
+        self._writer = csv.DictWriter(self._file, FIELDS, lineterminator="\n")
         return self
 
     def __exit__(

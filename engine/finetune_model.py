@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,13 +56,13 @@ def make_trainee(spec: FinetuneSpec) -> Trainee:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if spec.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.23 gave it another name, and warns of the old one
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     return Trainee(adapter=adapter, peft_model=peft_model, autocast=autocast)
 
 
 def _load_base(spec: FinetuneSpec) -> Adapter:
-    from dataclasses import replace
-
     if spec.full or spec.precision == "float32":
         return load(replace(spec.model, dtype="float32"))
     adapter = load(spec.model)
