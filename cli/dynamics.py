@@ -40,12 +40,6 @@ if TYPE_CHECKING:
     "in the order of training.  [default: the model itself]",
 )
 @click.option("--full", is_flag=True, help="Take the gradient of all weights also where there is a LoRA.")
-@click.option(
-    "--dtype", default="auto", show_default=True, help="auto: float32 on a CPU and for all weights."
-)
-@click.option("--device", default="auto", show_default=True, help="cuda, cuda:1, cpu.")
-@click.option("--attn-implementation", help="eager, sdpa, flash_attention_2, …")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @click.option("--identities", type=FILE, help="Who may be on the images.  [default: the built-in ones]")
 @click.option(
     "--rate",
@@ -80,7 +74,8 @@ def dynamics(data: Path | None, output: Path, **options: Any) -> int:
     """Compare gradients of the same weights on the same batch: clean, watermarked, augmented.
 
     DATA is what `finetune` takes: images, questions and answers. Without it the built-in data set is used. Writes
-    cosines and gradient noise scales as tables, and a figure, into a folder.
+    cosines and gradient noise scales as tables, and a figure, into a folder. With --dtype auto all is computed in
+    float32 on a CPU, and where the gradient is that of all weights.
     """
     from transformers.utils.logging import disable_progress_bar
 

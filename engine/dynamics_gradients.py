@@ -86,7 +86,7 @@ class GradientMeter:
         start = 0
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             if gradient is not None:
-                total[start : start + parameter.numel()] += gradient.flatten()
+                total[start : start + parameter.numel()] += gradient.flatten().to(total.device)
             start += parameter.numel()
 
     def put(self, weights: Mapping[str, torch.Tensor], source: str) -> None:
