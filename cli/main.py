@@ -16,6 +16,7 @@ import rich_click as click
 
 from mmextract.cli.doctor import doctor
 from mmextract.cli.dump import dump
+from mmextract.cli.dynamics import dynamics
 from mmextract.cli.evaluate import evaluate
 from mmextract.cli.export import export
 from mmextract.cli.finetune import finetune
@@ -75,7 +76,7 @@ def group() -> None:
 
 for command in (
     *(dump, probe, report, watermark, identities),
-    *(finetune, evaluate, info, verify, export, doctor),
+    *(finetune, evaluate, dynamics, info, verify, export, doctor),
 ):
     group.add_command(command)
 
