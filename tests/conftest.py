@@ -1,4 +1,4 @@
-"""A real S3 server for the tests that store objects; it starts with the first of them."""
+"""A real S3 server for the tests that store objects, which starts with the first of them; and threads for all tests."""
 
 from __future__ import annotations
 
@@ -11,6 +11,16 @@ import pytest
 from tests.s3_server import ENVIRONMENT, Bucket, make_bucket, running
 
 _numbers = count()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each of several processes one thread.
+
+    Every core has a process already: libraries that start a thread a core, there and in what tests start, would only
+    wait for each other. The processes of pytest-xdist are started after this, with this environment.
+    """
+    if config.getoption("numprocesses", default=None):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

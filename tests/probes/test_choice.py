@@ -47,8 +47,12 @@ def test_the_command_offers_every_solver() -> None:
 
 
 def test_threads_are_given_back() -> None:
-    n_threads = torch.get_num_threads()
-    with pytest.raises(ValueError), one_thread():
-        assert torch.get_num_threads() == 1
-        raise ValueError
-    assert torch.get_num_threads() == n_threads
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ValueError), one_thread():
+            assert torch.get_num_threads() == 1
+            raise ValueError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
