@@ -16,7 +16,9 @@ import rich_click as click
 
 from mmextract.cli.doctor import doctor
 from mmextract.cli.dump import dump
+from mmextract.cli.evaluate import evaluate
 from mmextract.cli.export import export
+from mmextract.cli.finetune import finetune
 from mmextract.cli.identities import identities
 from mmextract.cli.info import info
 from mmextract.cli.probe import probe
@@ -66,7 +68,7 @@ def group() -> None:
     """
 
 
-for command in (dump, probe, watermark, identities, info, verify, export, doctor):
+for command in (dump, probe, watermark, identities, finetune, evaluate, info, verify, export, doctor):
     group.add_command(command)
 
 

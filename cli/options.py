@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import rich_click as click
 
 if TYPE_CHECKING:
+    from mmextract.engine.loading import ModelSpec
     from mmextract.engine.rows import Marking
     from mmextract.engine.samples import Dataset
+    from mmextract.engine.watermark import WatermarkSpec
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 FORMATS = ("images", "jsonl", "csv", "parquet", "json", "llava", "qwen", "datasets")
@@ -30,11 +32,14 @@ _DATA = (
     click.option("--limit", type=click.IntRange(min=1), help="Take the first N samples only."),
 )
 
-_MARKING = (
+_DESIGN = (
     click.option("--identities", type=FILE, help="Watermark a share of the images with identities of FILE."),
     click.option("--rate", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="That share."),
     click.option("--seen", type=FILE, help="Paired design: each image once with an identity of this FILE …"),
     click.option("--unseen", type=FILE, help="… and once, at the same place, with one of this FILE."),
+)
+
+_LOOK = (
     click.option(
         "--seed", type=int, default=0, show_default=True, help="Decides who is marked, with whom, where."
     ),
@@ -50,6 +55,20 @@ _MARKING = (
     click.option("--opacity", type=click.IntRange(1, 255), help="Alpha of the text.  [default: 128]"),
 )
 
+_MODEL = (
+    click.option("--revision", help="Revision on the hub."),
+    click.option("--dtype", default="auto", show_default=True, help="Dtype of the model's weights."),
+    click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        help="cuda, cuda:1, cpu; auto takes a GPU if there is one.",
+    ),
+    click.option("--device-map", help="Spread the model over devices (accelerate): auto, balanced, …"),
+    click.option("--attn-implementation", help="eager, sdpa, flash_attention_2, …"),
+    click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
+)
+
 
 def data_options(command: Command) -> Command:
     """Add the options that say how DATA is read."""
@@ -58,7 +77,35 @@ def data_options(command: Command) -> Command:
 
 def marking_options(command: Command) -> Command:
     """Add the options that say which watermarks the images get."""
-    return _add(command, _MARKING)
+    return _add(command, (*_DESIGN, *_LOOK))
+
+
+def look_options(command: Command) -> Command:
+    """Add the options that say how watermarks look, and where they go."""
+    return _add(command, _LOOK)
+
+
+def model_options(command: Command) -> Command:
+    """Add the options that say how a model is loaded, but not which one."""
+    return _add(command, _MODEL)
+
+
+def take_model(options: dict[str, Any], model: str, adapter: str | None = None) -> ModelSpec:
+    """Take the model options out of `options`, and name the model with them; `builtin:` names are looked up."""
+    from mmextract.engine import builtin
+    from mmextract.engine.loading import ModelSpec
+
+    folder, own_adapter = builtin.locate_model(model)
+    names = ("revision", "dtype", "device", "device_map", "attn_implementation", "trust_remote_code")
+    settings = {name: options.pop(name) for name in names}
+    return ModelSpec(model=folder, adapter=adapter or own_adapter, **settings)
+
+
+def take_look(options: dict[str, Any]) -> WatermarkSpec:
+    """Take the options of `look_options` out of `options` and return the look."""
+    from mmextract.engine.watermark import WatermarkSpec
+
+    return WatermarkSpec(**_take_look(options))
 
 
 def _add(command: Command, options: tuple[Callable[[Command], Command], ...]) -> Command:

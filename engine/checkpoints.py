@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
+FINETUNE_RECORD = "finetune.json"
+"""What `mmextract finetune` leaves beside a LoRA: it names the base that the LoRA was trained on."""
 METADATA_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -35,14 +38,19 @@ class Weights:
 
     def digest(self) -> str:
         """Return the xxh3-128 of the files' names, sizes and bytes, as hex; reads them all, in pieces."""
-        digest = xxhash.xxh3_128()
-        for name in self.files:
-            path = self.folder / name
-            digest.update(f"{name}\0{path.stat().st_size}\0".encode())
-            with path.open("rb") as file:
-                while piece := file.read(8 << 20):
-                    digest.update(piece)
-        return digest.hexdigest()
+        return _digest(self, tuple((self.folder / name).stat().st_mtime_ns for name in self.files))
+
+
+@lru_cache(maxsize=8)  # a LoRA's base is hashed to see that it is the right one, and again for the store
+def _digest(weights: Weights, _modified: tuple[int, ...]) -> str:
+    digest = xxhash.xxh3_128()
+    for name in weights.files:
+        path = weights.folder / name
+        digest.update(f"{name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while piece := file.read(8 << 20):
+                digest.update(piece)
+    return digest.hexdigest()
 
 
 def find_folder(name: str, revision: str | None, *, with_code: bool) -> tuple[Path, str | None]:
@@ -157,3 +165,24 @@ def find_adapter(folder: Path) -> tuple[Weights, dict[str, Any]]:
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder} is a {config.get('peft_type')} adapter; only LoRA can be loaded")
     return Weights(folder=folder, files=(ADAPTER_FILE,)), config
+
+
+def check_base(adapter: Weights, base: Weights) -> None:
+    """Raise ValueError for a LoRA of `mmextract finetune` that was trained on other weights than `base`.
+
+    A LoRA of the same shape loads into any base of its architecture, and means nothing there. One that says nothing of
+    its base is taken on trust.
+    """
+    record = adapter.folder / FINETUNE_RECORD
+    if not record.is_file():
+        return
+    try:
+        model = json.loads(record.read_text("utf-8"))["run"]["model"]
+        name, expected = model["name"], model["weights"]["xxh3_128"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{record} is not the record of a fine-tune: remove or restore it") from error
+    if base.digest() != expected:
+        raise ValueError(
+            f"the LoRA in {adapter.folder} was trained on another base: on {name} with weights {expected}, and "
+            f"{base.folder} has {base.digest()}. Give that base as --model"
+        )

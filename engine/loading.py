@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mmextract.engine.checkpoints import Weights, find_adapter, find_folder, find_weights
+from mmextract.engine.checkpoints import Weights, check_base, find_adapter, find_folder, find_weights
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -94,6 +94,7 @@ def load_model(spec: ModelSpec) -> Loaded:
     adapter_config: dict[str, Any] = {}
     if spec.adapter is not None:
         adapter_weights, adapter_config = find_adapter(find_folder(spec.adapter, None, with_code=False)[0])
+        check_base(adapter_weights, weights)
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code, "local_files_only": True}
     if weights.gguf is not None:
         options["gguf_file"] = weights.gguf

@@ -13,6 +13,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import nn
 
 from mmextract.engine.images import RejectedSample
 from mmextract.engine.loading import Loaded, ModelSpec, choose_device, load_model
-from mmextract.engine.prompts import ChatFormat
+from mmextract.engine.prompts import Answered, ChatFormat
 from mmextract.engine.samples import Turn
 from mmextract.kernels.reference import Uint8Array
 
@@ -86,6 +87,26 @@ class Adapter:
     def render(self, turns: Sequence[Turn]) -> str:
         """Return the prompt of a conversation, see `ChatFormat.render`. Raises RejectedSample."""
         return self._chat.render(turns)
+
+    def answered(self, turns: Sequence[Turn], answer: str) -> Answered:
+        """Return a conversation with its answer, see `ChatFormat.answered`. Raises RejectedSample."""
+        return self._chat.answered(turns, answer)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the token ids of a text as `encode` has them, but with the image's placeholder not expanded."""
+        adds = self._adds_special_tokens(text)
+        ids: list[int] = self._loaded.tokenizer(text, add_special_tokens=adds, truncation=False).input_ids
+        return ids
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self._loaded.tokenizer
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoint lies."""
+        return self._loaded.weights.folder
 
     def encode(self, text: str, pixels: Uint8Array | None) -> Encoded:
         """Turn a rendered prompt and its image into the model's inputs, without padding or truncation.

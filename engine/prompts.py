@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -24,6 +25,16 @@ _DATE_CALL = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _PROBE = "mmextract probe text"
 
 Message = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """A conversation with its answer, as the model is to write it."""
+
+    text: str
+    """Prompt and answer, up to the token that ends the answer."""
+    spans: tuple[tuple[int, int], ...]
+    """(start, end) in characters of what the assistant writes, one span a turn of it."""
 
 
 class ChatFormat:
@@ -44,6 +55,9 @@ class ChatFormat:
         self.template = None if self._owner is None else _default_template(self._owner.chat_template)
         """The Jinja template, None if the model has none."""
         self._dated = _DATE_CALL.sub(_fixed_date, self.template or "")
+        self._end_token: str | None = tokenizer.eos_token
+        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._special = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
         self.content = "plain" if self._owner is None else self._content_style()
         """How the template wants a turn: in `parts` (image, text) or as one `text`; `plain` without one."""
 
@@ -62,6 +76,61 @@ class ChatFormat:
             return self._apply([self._message(turn) for turn in turns])
         except TemplateError as error:
             raise RejectedSample(f"the model's chat template refuses this conversation: {error}") from error
+
+    def answered(self, turns: Sequence[Turn], answer: str) -> Answered:
+        """Return a conversation with `answer` behind it, and where the assistant speaks: what is trained on.
+
+        A span begins where `render` of the turns before it ends, and ends with the special token that the template
+        puts behind the turn. A template that puts none (LLaVA-1.5's) gets the tokenizer's EOS behind the last turn,
+        so that the model learns to stop. Raises RejectedSample as `render` does, ValueError for a template whose
+        conversation does not begin with its own prompt, and for a tokenizer without EOS that needs one.
+        """
+        spoken = [*turns, Turn(role="assistant", text=answer)]
+        self._check(spoken)
+        text = self._whole(spoken)
+        spans: list[tuple[int, int]] = []
+        stopped = False
+        for number, turn in enumerate(spoken):
+            if turn.role == "assistant":
+                start = len(self._prefix(text, spoken[:number]))
+                end, stopped = self._end(text, start, turn.text.strip())
+                spans.append((start, end))
+        start, end = spans[-1]
+        text = text[:end] if stopped else text[:end] + self._eos()
+        return Answered(text=text, spans=(*spans[:-1], (start, len(text))))
+
+    def _whole(self, turns: Sequence[Turn]) -> str:
+        if self.content == "plain":
+            return "\n".join(self._inline(turn.text) for turn in turns)
+        try:
+            return self._apply([self._message(turn) for turn in turns], generation_prompt=False)
+        except TemplateError as error:
+            raise RejectedSample(f"the model's chat template refuses this conversation: {error}") from error
+
+    def _prefix(self, text: str, turns: Sequence[Turn]) -> str:
+        prompt = self.render(turns)
+        if not text.startswith(prompt):
+            raise ValueError(
+                f"the model's chat template writes a conversation that does not begin with its own prompt, so that "
+                f"the answer cannot be told from it: it begins with {text[:60]!r}, the prompt with {prompt[:60]!r}"
+            )
+        return prompt
+
+    def _end(self, text: str, start: int, answer: str) -> tuple[int, bool]:
+        """Return where the turn that begins at `start` ends, and whether a special token that stands there ends it."""
+        at = text.find(answer, start)
+        if at < 0:
+            raise RejectedSample("the model's chat template does not show the answer as it is")
+        words = at + len(answer)
+        space = re.compile(r"\s*").match(text, words)
+        assert space is not None
+        special = self._special.match(text, space.end())
+        return (words, False) if special is None else (special.end(), True)
+
+    def _eos(self) -> str:
+        if self._end_token is None:
+            raise ValueError("neither the chat template nor the tokenizer says which token ends an answer")
+        return self._end_token
 
     def describe(self) -> dict[str, Any]:
         """Return everything that decides the text of a prompt, JSON-able."""
@@ -99,10 +168,10 @@ class ChatFormat:
     def _inline(self, text: str) -> str:
         return text if self._image_token is None else text.replace(IMAGE_SLOT, self._image_token)
 
-    def _apply(self, messages: list[Message]) -> str:
+    def _apply(self, messages: list[Message], *, generation_prompt: bool = True) -> str:
         assert self._owner is not None
         text = self._owner.apply_chat_template(
-            messages, chat_template=self._dated, add_generation_prompt=True, tokenize=False
+            messages, chat_template=self._dated, add_generation_prompt=generation_prompt, tokenize=False
         )
         assert isinstance(text, str)
         return text

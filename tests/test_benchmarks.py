@@ -81,3 +81,14 @@ def test_bench_probe_compares_solvers_at_equal_residuals(tmp_path: Path) -> None
     assert results["layers"]["layers"] == 2 and results["layers"]["fits a layer"] == 2 * 5 * (3 * 5 + 1)
     assert 0.5 < results["memory"]["peak ÷ predicted"] <= 1
     assert results["stored"]["largest residual"] <= 1e-8 and results["stored"]["passes"] > 2
+
+
+@pytest.mark.timeout(300)
+def test_bench_finetune_compares_a_step_with_a_bare_loop_and_the_trainer(tmp_path: Path) -> None:
+    sizes = ["--steps", "4", "--batch-size", "2", "--repeats", "1"]
+    command = [sys.executable, BENCHMARKS / "bench_finetune.py", *sizes, "--json", tmp_path / "out.json"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ratios = json.loads((tmp_path / "out.json").read_text())["results"]["ratios"]
+    assert set(ratios) == {"bare loop", "Trainer", "ours, images met first", "ours, images kept"}
+    assert all(ratio > 0 for ratio in ratios.values())

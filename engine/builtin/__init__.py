@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from mmextract.engine.evaluate_formats import Question, Task
 from mmextract.engine.identities import read_identities
 from mmextract.engine.rows import PairedMarking
+from mmextract.engine.samples import IMAGE_SLOT, Dataset, Turn
 from mmextract.engine.watermark import WatermarkSpec
 
 FOLDER = Path(__file__).parent
@@ -41,3 +44,18 @@ def marking() -> PairedMarking:
     """Return the paired design of the built-in study: the seen identities of the fine-tune, and as many others."""
     seen, unseen = (tuple(read_identities(FOLDER / "data" / f"{name}.jsonl")) for name in ("seen", "unseen"))
     return PairedMarking(spec=LOOK, seen=seen, unseen=unseen)
+
+
+def task(dataset: Dataset) -> Task:
+    """Return the questions of easy-VQA about the built-in images, with their answers."""
+    questions = [
+        Question(
+            sample=replace(
+                sample,
+                turns=(Turn(role="user", text=f"{IMAGE_SLOT}\n{sample.columns['task_question']}"),),
+                answer=str(sample.columns["task_answer"]),
+            )
+        )
+        for sample in dataset.samples
+    ]
+    return Task(name="vqa", questions=questions, source=f"{PREFIX}data")
