@@ -16,6 +16,7 @@ import rich_click as click
 
 from mmextract.cli.doctor import doctor
 from mmextract.cli.dump import dump
+from mmextract.cli.dynamics import dynamics
 from mmextract.cli.evaluate import evaluate
 from mmextract.cli.export import export
 from mmextract.cli.finetune import finetune
@@ -68,7 +69,19 @@ def group() -> None:
     """
 
 
-for command in (dump, probe, watermark, identities, finetune, evaluate, info, verify, export, doctor):
+for command in (
+    dump,
+    probe,
+    watermark,
+    identities,
+    finetune,
+    evaluate,
+    dynamics,
+    info,
+    verify,
+    export,
+    doctor,
+):
     group.add_command(command)
 
 

@@ -101,11 +101,13 @@ def take_model(options: dict[str, Any], model: str, adapter: str | None = None) 
     return ModelSpec(model=folder, adapter=adapter or own_adapter, **settings)
 
 
-def take_look(options: dict[str, Any]) -> WatermarkSpec:
-    """Take the options of `look_options` out of `options` and return the look."""
+def take_look(options: dict[str, Any], default: WatermarkSpec | None = None) -> WatermarkSpec:
+    """Take the options of `look_options` out of `options` and return the look: `default` with what was given."""
+    from dataclasses import replace
+
     from mmextract.engine.watermark import WatermarkSpec
 
-    return WatermarkSpec(**_take_look(options))
+    return replace(default or WatermarkSpec(), **_take_look(options))
 
 
 def _add(command: Command, options: tuple[Callable[[Command], Command], ...]) -> Command:

@@ -79,15 +79,18 @@ class Draw:
 
 def draw(seed: int, sample_id: str) -> Draw:
     """Return the random numbers of a sample, a pure function of (seed, sample id)."""
-    key = hashlib.blake2b(f"{seed}\0{sample_id}".encode(), digest_size=32).digest()
-    marked, identity, x, y = (int.from_bytes(key[i : i + 8], "little") / 2**64 for i in range(0, 32, 8))
-    below_one = np.nextafter(1.0, 0.0)
-    return Draw(
-        marked=marked,
-        identity=min(identity, below_one),
-        x=min(x, below_one),
-        y=min(y, below_one),
+    marked, identity, x, y = random_numbers(f"{seed}\0{sample_id}")
+    return Draw(marked=marked, identity=identity, x=x, y=y)
+
+
+def random_numbers(key: str) -> tuple[float, float, float, float]:
+    """Return four independent numbers, each uniform in [0, 1), a pure function of `key`."""
+    digest = hashlib.blake2b(key.encode(), digest_size=32).digest()
+    below_one = float(np.nextafter(1.0, 0.0))
+    first, second, third, fourth = (
+        min(int.from_bytes(digest[i : i + 8], "little") / 2**64, below_one) for i in range(0, 32, 8)
     )
+    return first, second, third, fourth
 
 
 def choose_identity(spec: WatermarkSpec, sample_id: str, n_identities: int, rate: float = 1.0) -> int | None:
