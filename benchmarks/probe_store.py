@@ -22,7 +22,9 @@ from mmextract.engine.writer import open_writer
 from mmextract.probes.blocks import StoredStates
 from mmextract.probes.planning import choose_workers, list_rounds, predict_bytes
 from mmextract.probes.primal import PrimalSolver
-from mmextract.probes.run import plan_probe, predict_seconds, run_probe, score_cell
+from mmextract.probes.cost import predict_seconds
+from mmextract.probes.run import plan_probe, run_probe
+from mmextract.probes.scoring import score_cell
 from mmextract.probes.settings import ProbeSettings
 from mmextract.probes.solvers import Job
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +19,25 @@ from mmextract.cli.reporting import note, printable, progress_bar
 if TYPE_CHECKING:
     from mmextract.probes.summary import Summary
 
-_FIXED_BY_PAPER = ("group", "folds", "repeats", "seed", "c", "solver")
+_FIXED_BY_PAPER = (
+    *("group", "folds", "repeats", "seed", "c", "solver"),
+    *("permutations", "class_weight", "compare"),
+)
 _MOST_COLUMNS = 8
 
 
 @click.command()
 @click.argument("store", type=click.Path(), default="activations.zarr")
 @click.option(
-    "--label", default="identity_set", show_default=True, help="Column of the store with the classes."
+    "--label",
+    default="identity_set",
+    show_default=True,
+    help="Column of the store with the classes; several, as in a,b, are probed one after the other.",
+)
+@click.option(
+    "--compare",
+    metavar="STORE",
+    help="Store of the same samples from another checkpoint: tests the difference, layer by layer.",
 )
 @click.option(
     "--group",
@@ -66,6 +77,18 @@ _MOST_COLUMNS = 8
     help="auto: dual or primal, both exact, by shape; sklearn and cuml: those packages' own.",
 )
 @click.option(
+    "--permutations",
+    type=click.IntRange(min=0),
+    help="Shuffles of the label behind p-values and intervals; 0: no p-values.  [default: 200, fewer if costly]",
+)
+@click.option(
+    "--class-weight",
+    type=click.Choice(("none", "balanced")),
+    default="none",
+    show_default=True,
+    help="balanced: a rare class weighs as much as a frequent one.",
+)
+@click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Decides folds and shuffles."
 )
 @click.option(
@@ -94,42 +117,82 @@ def probe(
 ) -> None:
     """Probe each layer and position of STORE: how well do its hidden states tell the values of a label apart?
 
-    Writes probe.json, probe.csv, probe.parquet, scores.parquet, curves.png, curves.svg and report.html.
+    Writes probe.json, probe.csv, probe.parquet, scores.parquet, curves.png, curves.svg and report.html; with several
+    labels into a folder each, and the tables of all of them beside those.
     """
-    from mmextract.probes.outputs import make_record, write_outputs
+    from mmextract.probes.cost import predict_seconds
+    from mmextract.probes.outputs import make_record, write_outputs, write_tables
     from mmextract.probes.planning import describe
-    from mmextract.probes.run import plan_probe, predict_seconds, run_probe
+    from mmextract.probes.run import plan_probe, run_probe
     from mmextract.probes.settings import ProbeSettings
     from mmextract.probes.summary import Summary
 
     _refuse_fixed(context, options["preset"])
-    as_json, dry_run = options.pop("json"), options.pop("dry_run")
+    as_json, dry_run, compared = options.pop("json"), options.pop("dry_run"), options.pop("compare")
     scheduler, scheduler_file = options.pop("scheduler"), options.pop("scheduler_file")
     positions, penalties = options.pop("position") or None, options.pop("c")
-    settings = ProbeSettings(
-        layers=_read_layers(store, layers), positions=positions, penalties=penalties, **options
+    labels = _read_labels(options.pop("label"))
+    chosen = {
+        "layers": _read_layers(store, layers),
+        "positions": positions,
+        "penalties": penalties,
+        **options,
+    }
+    plans = [plan_probe(store, ProbeSettings(label=name, **chosen), compare_with=compared) for name in labels]
+    _announce(
+        dict.fromkeys(text for plan in plans for text in plan.design.notes),
+        dict.fromkeys(text for plan in plans for text in plan.design.warnings),
     )
-    plan = plan_probe(store, settings)
-    _announce(plan.design.notes, plan.design.warnings)
     if dry_run:
-        click.echo(describe(plan, workers, predict_seconds(plan)))
+        click.echo("\n\n".join(describe(plan, workers, predict_seconds(plan)) for plan in plans))
         return
     on_cluster = scheduler or scheduler_file
     with (
         connect(scheduler, scheduler_file) if on_cluster else nullcontext() as client,
-        progress_bar("probe", len(plan.cells), "probes") as advance,
+        progress_bar("probe", sum(len(plan.cells) for plan in plans), "probes") as advance,
     ):
-        summary = Summary(plan, run_probe(plan, workers=workers, client=client, on_progress=advance))
-    _announce((), summary.anomalies)
-    record = make_record(summary, shlex.join(["mmextract", *sys.argv[1:]]))
-    files = write_outputs(summary, record, output)
-    click.echo(json.dumps(_select(summary, record, files)) if as_json else _text(summary, output))
+        summaries = [
+            Summary(plan, run_probe(plan, workers=workers, client=client, on_progress=advance))
+            for plan in plans
+        ]
+    command = shlex.join(["mmextract", *sys.argv[1:]])
+    texts, selections = [], {}
+    for name, summary in zip(labels, summaries, strict=True):
+        folder = output / _name_folder(name) if len(labels) > 1 else output
+        _announce((), summary.anomalies)
+        record = make_record(summary, command)
+        files = write_outputs(summary, record, folder)
+        texts.append(_text(summary, folder))
+        selections[name] = _select(summary, record, files)
+    if len(labels) > 1:
+        write_tables([row for summary in summaries for row in summary.rows], output)
+    if as_json:
+        click.echo(json.dumps(selections if len(labels) > 1 else selections[labels[0]]))
+    else:
+        click.echo("\n\n".join(texts))
+
+
+def _read_labels(text: str) -> list[str]:
+    """Return the names of the columns that were asked for."""
+    labels = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not labels:
+        raise click.UsageError("--label names no column: give it one, or several separated by commas")
+    return labels
+
+
+def _name_folder(label: str) -> str:
+    """Return the name of a label's folder, which leads nowhere else."""
+    return label.replace("/", "_").replace("\\", "_").lstrip(".") or "_"
 
 
 def _refuse_fixed(context: click.Context, preset: str) -> None:
     """Raise UsageError for an option that the published protocol has fixed."""
     default = ParameterSource.DEFAULT
-    given = [f"--{name}" for name in _FIXED_BY_PAPER if context.get_parameter_source(name) is not default]
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in _FIXED_BY_PAPER
+        if context.get_parameter_source(name) is not default
+    ]
     if preset == "paper" and given:
         raise click.UsageError(
             f"--preset paper leaves no choice of {', '.join(given)}: leave out the one or the other"
@@ -144,7 +207,7 @@ def _read_layers(store: str, text: str) -> tuple[int, ...] | None:
     return None if text == "all" else parse_layers(text, int(open_store(store).layers.max()) + 1)
 
 
-def _announce(notes: Sequence[str], warnings: Sequence[str]) -> None:
+def _announce(notes: Iterable[str], warnings: Iterable[str]) -> None:
     for text in notes:
         note(printable(text))
     for text in warnings:
@@ -154,7 +217,8 @@ def _announce(notes: Sequence[str], warnings: Sequence[str]) -> None:
 def _select(summary: Summary, record: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Any]:
     """Return what --json prints: probe.json without what is large, and where the rest is."""
     parts = ("headline", "warnings", "notes", "best", "design", "fits")
-    rows = [row for row in record["rows"] if row["task"] == "label" and row["metric"] == summary.metric]
+    tasks = ("label", "other", "difference")
+    rows = [row for row in record["rows"] if row["task"] in tasks and row["metric"] == summary.metric]
     return {**{name: record[name] for name in parts}, "rows": rows, "files": [str(path) for path in files]}
 
 

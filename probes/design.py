@@ -79,13 +79,15 @@ def make_design(
     where: str | None = None,
     largest_class: int | None = None,
     positive_last: bool = True,
+    usable: BoolArray | None = None,
 ) -> Design:
     """Choose samples, classes and groups.
 
     columns: arrays [n_samples] by name, among them `sample` and `rejected`. committed: which samples the
     store has. label: column of classes; a missing value (empty text, NaN) leaves its sample out. group: see
     `choose_group`. where: see `where`. largest_class: keep so many of each class, the first in the order of
-    the store. positive_last: classes come in the order of their values, but for the NEGATIVE_CLASSES.
+    the store. positive_last: classes come in the order of their values, but for the NEGATIVE_CLASSES. usable: which
+    samples the store compared with has, if there is one.
 
     Raises LookupError for a column that is not there, ValueError for a label that gives no classes to tell
     apart.
@@ -99,6 +101,8 @@ def make_design(
         keep[out] = False
 
     leave_out("rejected by the dump", columns["rejected"].astype(str) != "")
+    if usable is not None:
+        leave_out("rejected or not yet in the store compared with", ~usable)
     leave_out("whose other rendering is not there", _lost_their_twin(columns, label, keep))
     if where is not None:
         leave_out(f"not selected by {where}", ~select(where, columns, len(keep)))

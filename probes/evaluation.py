@@ -9,18 +9,20 @@ layers or files.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmextract.probes.groups import IntArray
-from mmextract.probes.intervals import resample_groups
-from mmextract.probes.metrics import FloatArray, FoldScores, mean_scores, score_fold
+from mmextract.probes.metrics import METRICS, Estimate, FloatArray, mean_log_loss, score
 from mmextract.probes.settings import ProbeSettings
 from mmextract.probes.solvers import Job, Solution, Solver
-from mmextract.probes.tasks import FoldArray, Task
+from mmextract.probes.tasks import FoldArray, Task, weigh_classes
+
+N_DIRECTIONS = 8
+"""Random directions whose scores are averaged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +30,14 @@ class TaskScores:
     """What probes of one task reached on one layer and position."""
 
     task: str
-    """`label`, `control` or `majority`."""
-    replicates: Mapping[str, FloatArray]
-    """Metric → [1 + B]: the estimate, then its bootstrap replicates, if the protocol has any."""
+    """`label`, `control`, `majority`, `random`; `other` and `difference` if two stores are compared."""
+    values: Mapping[str, float]
+    """Metric → mean over test folds and repeats."""
     y: IntArray
     """[n] class of each sample, as this task has it."""
+    deviations: Mapping[str, FloatArray] = field(default_factory=dict)
+    """Metric → [n_groups] how far each group moves the value (see `metrics.Estimate`); of no metric where the protocol
+    has no intervals."""
     decisions: FloatArray | None = None
     """[repeats, n, 1 or n_classes] logits of each sample from a probe that has not seen it; NaN where there
     is none."""
@@ -48,6 +53,21 @@ class TaskScores:
     """Those of them that did not reach the optimum."""
     worst_residual: float = 0.0
     """Largest KKT residual among them."""
+
+    def renamed(self, task: str) -> TaskScores:
+        """Return the same, as a task of that name."""
+        return replace(self, task=task)
+
+    def minus(self, other: TaskScores, task: str) -> TaskScores:
+        """Return the difference, as a task of that name."""
+        return TaskScores(
+            task=task,
+            values={metric: value - other.values[metric] for metric, value in self.values.items()},
+            deviations={
+                metric: moved - other.deviations[metric] for metric, moved in self.deviations.items()
+            },
+            y=self.y,
+        )
 
 
 @dataclass(kw_only=True)
@@ -69,33 +89,52 @@ class _FitLog:
 def evaluate(
     x: FloatArray, groups: IntArray, tasks: Sequence[Task], solver: Solver, settings: ProbeSettings
 ) -> list[TaskScores]:
-    """Score every task on features x [n, D] whose samples belong to groups [n]; the majority baseline comes
-    last.
-
-    The baseline gives every test sample the class frequencies of its training set.
-    """
-    fitted = _fit(x, tasks, solver, settings)
-    majority = _predict_majority(tasks[0])
-    scored = [
-        _score(decisions, task, groups, settings)
-        for (decisions, _, _), task in zip(fitted, tasks, strict=True)
-    ]
-    results = [
-        TaskScores(
-            task=task.name,
-            y=task.y,
-            replicates=replicates,
-            decisions=decisions,
-            folds=task.folds,
-            penalties=penalties,
-            **vars(log),
+    """Score every task on features x [n, D] whose samples belong to groups [n]."""
+    results = []
+    for task, (decisions, penalties, log) in zip(tasks, _fit(x, tasks, solver, settings), strict=True):
+        scored = score(decisions[None], task.y[None], task.folds, groups)
+        results.append(
+            TaskScores(
+                task=task.name,
+                y=task.y,
+                values=_values(scored),
+                deviations=_deviations(scored),
+                decisions=decisions,
+                folds=task.folds,
+                penalties=penalties,
+                **vars(log),
+            )
         )
-        for task, replicates, (decisions, penalties, log) in zip(tasks, scored, fitted, strict=True)
-    ]
+    return results
+
+
+def evaluate_baselines(x: FloatArray, groups: IntArray, label: Task, seed: int) -> list[TaskScores]:
+    """Return the scores of the majority class and of random directions.
+
+    The first gives every test sample the class frequencies of its training set. The second projects the features on
+    N_DIRECTIONS directions drawn at random, fits on each the two or more normal distributions of equal width that the
+    training set has there, and averages the scores: what any one direction tells about the label.
+    """
+    majority = score(_predict_majority(label)[None], label.y[None], label.folds, groups)
+    y = np.broadcast_to(label.y, (N_DIRECTIONS, len(label.y)))
+    random = score(_decide_at_random(x, label, seed), y, label.folds, groups)
     return [
-        *results,
-        TaskScores(task="majority", y=tasks[0].y, replicates=_score(majority, tasks[0], groups, settings)),
+        TaskScores(task="majority", y=label.y, values=_values(majority), deviations=_deviations(majority)),
+        TaskScores(
+            task="random",
+            y=label.y,
+            values={metric: float(random[metric].values.mean()) for metric in METRICS},
+            deviations={metric: random[metric].deviations.mean(0) for metric in METRICS},
+        ),
     ]
+
+
+def _values(estimates: Mapping[str, Estimate]) -> dict[str, float]:
+    return {metric: float(estimate.values[0]) for metric, estimate in estimates.items()}
+
+
+def _deviations(estimates: Mapping[str, Estimate]) -> dict[str, FloatArray]:
+    return {metric: estimate.deviations[0] for metric, estimate in estimates.items()}
 
 
 def _outer_splits(task: Task) -> list[tuple[int, int]]:
@@ -115,7 +154,7 @@ def _fit(
     decisions = [_make_decisions(task) for task in tasks]
     splits = [(at, r, k) for at, task in enumerate(tasks) for r, k in _outer_splits(task)]
     jobs = [
-        _make_job(tasks[at].y, tasks[at].folds[r] != k, (c,))
+        _make_job(tasks[at].y, tasks[at].folds[r] != k, (c,), settings)
         for (at, r, k), c in zip(splits, chain(*penalties), strict=True)
     ]
     for (at, r, k), (solution,) in zip(splits, solver.solve(x, jobs), strict=True):
@@ -125,9 +164,12 @@ def _fit(
     return list(zip(decisions, map(tuple, penalties), logs, strict=True))
 
 
-def _make_job(y: IntArray, train: NDArray[np.bool_], penalties: tuple[float, ...]) -> Job:
+def _make_job(
+    y: IntArray, train: NDArray[np.bool_], penalties: tuple[float, ...], settings: ProbeSettings
+) -> Job:
     rows = np.flatnonzero(train)
-    return Job(rows=rows, y=y[rows], penalties=penalties)
+    weights = weigh_classes(y[rows], settings.class_weight)
+    return Job(rows=rows, y=y[rows], penalties=penalties, class_weights=weights)
 
 
 def _make_decisions(task: Task) -> FloatArray:
@@ -147,7 +189,7 @@ def _choose_penalties(
         folds = [tasks[at].inner_folds[r, f] for at, r, f in outer]
         splits = [(number, k) for number, fold in enumerate(folds) for k in range(int(fold.max()) + 1)]
         jobs = [
-            _make_job(tasks[outer[number][0]].y, (folds[number] >= 0) & (folds[number] != k), grid)
+            _make_job(tasks[outer[number][0]].y, (folds[number] >= 0) & (folds[number] != k), grid, settings)
             for number, k in splits
         ]
         losses: list[list[list[float]]] = [[] for _ in outer]
@@ -157,7 +199,7 @@ def _choose_penalties(
             held_out, y = x[test], tasks[at].y[test]
             for solution in solutions:
                 logs[at].add(solution)
-            losses[number].append([float(score_fold(s.decide(held_out), y).loss.mean()) for s in solutions])
+            losses[number].append([mean_log_loss(s.decide(held_out), y) for s in solutions])
         chosen = [grid[int(np.argmin(np.mean(loss, axis=0)))] for loss in losses]
     return [
         [c for (number, _, _), c in zip(outer, chosen, strict=True) if number == at]
@@ -175,16 +217,20 @@ def _predict_majority(task: Task) -> FloatArray:
     return decisions[:, :, 1:] - decisions[:, :, :1] if n_classes == 2 else decisions
 
 
-def _score(
-    decisions: FloatArray, task: Task, groups: IntArray, settings: ProbeSettings
-) -> dict[str, FloatArray]:
-    """Return metric → [1 + B]: means over the test folds, as they are and for each resampling of the groups."""
-    tests = [(r, np.flatnonzero(task.folds[r] == k)) for r, k in _outer_splits(task)]
-    prepared: list[FoldScores] = [score_fold(decisions[r, test], task.y[test]) for r, test in tests]
-    blocks = [
-        mean_scores(
-            [fold.weigh(draws[:, groups[test]]) for fold, (_, test) in zip(prepared, tests, strict=True)]
-        )
-        for draws in resample_groups(int(groups.max()) + 1, settings.resamples, settings.seed)
-    ]
-    return {metric: np.concatenate([block[metric] for block in blocks]) for metric in blocks[0]}
+def _decide_at_random(x: FloatArray, task: Task, seed: int) -> FloatArray:
+    """Return [N_DIRECTIONS, repeats, n, outputs]: logits of linear discriminants on random projections."""
+    n_classes = int(task.y.max()) + 1
+    directions = np.random.default_rng([seed, 4]).normal(size=(x.shape[1], N_DIRECTIONS))
+    decisions = np.empty((N_DIRECTIONS, len(task.folds), len(x), n_classes))
+    for r, k in _outer_splits(task):
+        train, test = task.folds[r] != k, task.folds[r] == k
+        scale = x[train].std(0)
+        along = x @ (directions / np.where(scale > 0, scale, 1.0)[:, None])  # [n, directions]
+        y = task.y[train]
+        means = np.stack([along[train][y == c].mean(0) for c in range(n_classes)])  # [class, direction]
+        width = ((along[train] - means[y]) ** 2).mean(0)
+        width = np.where(width > 0, width, 1.0)
+        prior = np.log(np.bincount(y, minlength=n_classes) / len(y))
+        logits = (along[test][:, :, None] * means.T - means.T**2 / 2) / width[:, None] + prior
+        decisions[:, r, test] = logits.swapaxes(0, 1)
+    return decisions[..., 1:] - decisions[..., :1] if n_classes == 2 else decisions

@@ -23,13 +23,16 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from mmextract.probes.comparison import OtherStore
 from mmextract.probes.figures import Look, draw, save
 from mmextract.probes.report import render
 from mmextract.probes.rows import COLUMNS, Row
 from mmextract.probes.summary import Summary
 from mmextract.probes.tasks import SHUFFLES
 
-FORMAT = 1
+FORMAT = 2
+"""Of probe.json. 2: p-values, errors, calibration, comparisons; intervals by the jackknife."""
+
 PACKAGES = ("mmextract", "numpy", "scipy", "scikit-learn", "dask", "zarr", "pyarrow", "matplotlib")
 
 FILES = (
@@ -43,14 +46,33 @@ FILES = (
 )
 """In the order in which they are put in place: where probe.json is, the others are of the same run."""
 
+SCORE_COLUMNS = {
+    "sample": "id of the sample in the store",
+    "group": "its value of the group column; the sample itself if there are no groups",
+    "label": "column of the store that gave the classes",
+    "class": "the sample's class, as this task has it (shuffled, of a control)",
+    "layer": "decoder block; -1 is the embedding",
+    "position": "token or span of tokens",
+    "task": "label, control, or other: the label in the store compared with",
+    "repeat": "which of the repeated splits",
+    "fold": "fold of that split in which the sample was tested, by a probe that has not seen its group",
+    "score": "logit of the positive class; of more than two classes, of the class in the column's name",
+}
+"""What each column of scores.parquet means."""
+
 _SCHEMA = pa.schema(
     [
         pa.field(name, kind, metadata={"about": COLUMNS[name]})
         for name, kind in (
             *(("layer", pa.int32()), ("position", pa.string()), ("label", pa.string())),
             *(("task", pa.string()), ("metric", pa.string()), ("value", pa.float64())),
-            *(("low", pa.float64()), ("high", pa.float64())),
-            *(("simultaneous_low", pa.float64()), ("simultaneous_high", pa.float64())),
+            *(
+                (name, pa.float64())
+                for name in ("error", "low", "high", "simultaneous_low", "simultaneous_high")
+            ),
+            *(("chance", pa.float64()), ("baseline", pa.bool_())),
+            *((name, pa.float64()) for name in ("p", "p_corrected", "p_fdr", "detectable")),
+            ("n_permutations", pa.int64()),
             *(("n_samples", pa.int64()), ("n_groups", pa.int64()), ("n_classes", pa.int64())),
             *(
                 ("c", pa.float64()),
@@ -80,6 +102,12 @@ def write_outputs(summary: Summary, record: Mapping[str, Any], folder: Path) -> 
         "probe.json": (json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode(),
     }
     return _replace_all(folder, {name: contents[name] for name in FILES})
+
+
+def write_tables(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Write probe.csv and probe.parquet of rows that may come of several runs. Raises OSError."""
+    table = make_table(rows)
+    return _replace_all(folder, {"probe.csv": _csv(table), "probe.parquet": _parquet(table)})
 
 
 def make_record(summary: Summary, command: str) -> dict[str, Any]:
@@ -119,16 +147,36 @@ def make_record(summary: Summary, command: str) -> dict[str, Any]:
             "dropped": dict(design.dropped),
             "control": None if summary.is_paper else SHUFFLES[design.structure],
         },
+        "permutations": {
+            "n": plan.settings.n_permutations,
+            "shuffle": SHUFFLES[design.structure],
+            "statistic": "largest AUROC over "
+            f"C = {', '.join(f'{c:g}' for c in plan.settings.test_penalties)} on the first repeat's folds",
+        }
+        if summary.is_tested
+        else None,
+        "compare": _describe_other(plan.other),
         "layers": list(plan.layers),
         "positions": list(plan.positions),
         "fits": {
             "n": summary.n_fits,
             "n_unconverged": summary.n_unconverged,
-            "solvers": sorted({s.solver for cell in summary.scores.values() for s in cell if s.solver}),
-            "worst_residual": max(s.worst_residual for cell in summary.scores.values() for s in cell),
+            "solvers": sorted({s.solver for cell in summary.scores.values() for s in cell.tasks if s.solver}),
+            "worst_residual": max(s.worst_residual for cell in summary.scores.values() for s in cell.tasks),
         },
         "columns": dict(COLUMNS),
+        "score_columns": dict(SCORE_COLUMNS),
         "rows": [_finite(asdict(row)) for row in summary.rows],
+    }
+
+
+def _describe_other(other: OtherStore | None) -> dict[str, Any] | None:
+    if other is None:
+        return None
+    return {
+        "path": str(other.place),
+        "fingerprint": fingerprint(other.attributes),
+        "attributes": dict(other.attributes),
     }
 
 
@@ -151,7 +199,8 @@ def make_score_table(summary: Summary) -> pa.Table:
     """Return what each probe said of each sample it had not seen: a row a (layer, position, task, repeat,
     sample).
 
-    `score` is the logit of the positive class; with more than two classes there is one `score_<class>` each.
+    SCORE_COLUMNS, written into the file, say what each column means; with more than two classes there is one
+    `score_<class>` each in place of `score`.
     """
     plan, design = summary.plan, summary.plan.design
     samples, groups = np.array(plan.samples, object), np.array(plan.group_names, object)
@@ -160,7 +209,7 @@ def make_score_table(summary: Summary) -> pa.Table:
     names = ["score"] if binary else [f"score_{name}" for name in classes]
     tables = []
     for (layer, position), cell in summary.scores.items():
-        for scores in cell:
+        for scores in cell.tasks:
             if scores.decisions is None or scores.folds is None:
                 continue
             repeat, index = np.nonzero(scores.folds >= 0)
@@ -169,6 +218,7 @@ def make_score_table(summary: Summary) -> pa.Table:
             columns = {
                 "sample": samples[index],
                 "group": groups[index],
+                "label": [design.label] * n,
                 "class": classes[scores.y[index]],
                 "layer": np.full(n, layer, np.int32),
                 "position": [position] * n,
@@ -178,7 +228,12 @@ def make_score_table(summary: Summary) -> pa.Table:
                 **dict(zip(names, decided.T, strict=True)),
             }
             tables.append(pa.table(columns))
-    return pa.concat_tables(tables)
+    table = pa.concat_tables(tables)
+    about = [
+        field.with_metadata({"about": SCORE_COLUMNS[field.name if field.name in SCORE_COLUMNS else "score"]})
+        for field in table.schema
+    ]
+    return table.cast(pa.schema(about))
 
 
 def _csv(table: pa.Table) -> bytes:

@@ -67,7 +67,7 @@ def evaluate_paper(x: FloatArray, task: Task) -> list[TaskScores]:
         TaskScores(
             task=task.name,
             y=task.y,
-            replicates=_accuracy(model.predict(x[test]) == y_test),
+            values=_accuracy(model.predict(x[test]) == y_test),
             decisions=decisions,
             folds=task.folds,
             penalties=(1.0,),
@@ -76,9 +76,9 @@ def evaluate_paper(x: FloatArray, task: Task) -> list[TaskScores]:
             n_unconverged=int(model.n_iter_.max() >= MAX_ITER),
             worst_residual=kkt_residual(x[train], y_train, 1.0, model.coef_.T, model.intercept_),
         ),
-        TaskScores(task="majority", y=task.y, replicates=_accuracy(y_test == np.bincount(y_train).argmax())),
+        TaskScores(task="majority", y=task.y, values=_accuracy(y_test == np.bincount(y_train).argmax())),
     ]
 
 
-def _accuracy(right: NDArray[np.bool_]) -> dict[str, FloatArray]:
-    return {"accuracy": np.array([round(float(np.mean(right)), DIGITS)])}
+def _accuracy(right: NDArray[np.bool_]) -> dict[str, float]:
+    return {"accuracy": round(float(np.mean(right)), DIGITS)}

@@ -1,38 +1,52 @@
-"""Permutation tests: how often labels that say nothing reach the score that the label reaches.
+"""Permutation tests: how often labels that say nothing score as the label does.
 
-Labels are shuffled as the design leaves them open (`tasks.SHUFFLES`): where they belong to groups, whole groups
-are exchanged, never single samples. Folds are not stratified, and the statistic is the
-largest AUROC over the values of C, for the label and for each shuffle alike, so that under the null hypothesis
-it is one draw among equals and p-values are valid at any size (Phipson & Smyth 2010, arXiv 1603.05766). All shuffles
-share a fold's coordinates; see `dual`. This module knows nothing about layers: shuffles depend on the seed
-alone, so that the largest of several layers' statistics is a null distribution for their maximum.
+Labels are shuffled as the design leaves them open (`tasks.SHUFFLES`): where they belong to groups whole groups are
+exchanged, never single samples, and in the paired design the classes of each pair change places, or not. Labels
+that move between groups stay in their fold of the label's first split, which is stratified by label: given that
+split, every such shuffle is as likely as the label itself if the null hypothesis holds. So the label's statistic is
+one draw among equals, and p-values are valid at any size (Phipson & Smyth 2010, arXiv 1603.05766). The statistic is
+the AUROC on that split, the largest over `ProbeSettings.test_penalties`, for the label and each shuffle alike. All
+shuffles of a fold share its coordinates; see `dual`.
+
+This module knows nothing about layers: shuffles depend on the seed alone, so that the largest of several layers'
+statistics is a null distribution for their maximum.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.model_selection import GroupKFold
+from scipy.stats import false_discovery_control, norm
 
 from mmextract.probes.design import Design
+from mmextract.probes.evaluation import TaskScores
 from mmextract.probes.groups import IntArray
-from mmextract.probes.metrics import FloatArray, score_fold
+from mmextract.probes.metrics import Estimate, FloatArray, rank, score
+from mmextract.probes.settings import ProbeSettings
 from mmextract.probes.solvers import Job, Solver
-from mmextract.probes.tasks import shuffle_labels
+from mmextract.probes.tasks import FoldArray, Task, shuffle_labels, weigh_classes
 
-TRIES = 100
-"""Shuffles drawn for each that is wanted, before too many have left a class out of some fold."""
+POWER = 0.8
+"""Probability with which an effect of the size `detectable_at` returns is found."""
+
+MOST_ELEMENTS = 1 << 25
+"""Elements of coefficients and decisions that are held at once; more shuffles than that are taken in turn."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PermutationTest:
-    """The label's statistic and those of shuffled labels."""
+    """A statistic and those of shuffled labels."""
 
     value: float
-    """Largest over C of the mean over folds of the AUROC."""
+    """The statistic: see the module, or `compare`."""
     null: FloatArray
     """[B] the same, of each shuffle."""
+    spread: float
+    """Standard deviation of the shuffles' statistics, with their signs."""
+    distances: Mapping[str, FloatArray]
+    """Metric → [B]: how far each shuffle lies from their mean, in its own jackknife standard errors."""
 
     @property
     def p_value(self) -> float:
@@ -40,86 +54,161 @@ class PermutationTest:
         return float((1 + (self.null >= self.value).sum()) / (1 + len(self.null)))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shuffled:
+    """What a test leaves behind for a comparison of two tests."""
+
+    estimates: Mapping[str, Estimate]
+    """Of the label, first, and of each shuffle, at one C."""
+
+
+def can_shuffle(design: Design) -> bool:
+    """Whether labels can be shuffled as if they said nothing, with nothing else changed.
+
+    They cannot in a mixed design, where some groups have one class and some several: no way to shuffle is known that
+    leaves the groups' share in the labels.
+    """
+    return design.structure != "mixed"
+
+
+def make_shuffles(design: Design, fold: FoldArray, n_shuffles: int, seed: int) -> IntArray:
+    """Return int64 [1 + B, n]: the label, then its shuffles. fold: [n], of the label's first split."""
+    rng = np.random.default_rng([seed, 3])
+    shuffles = [
+        shuffle_labels(design.y, design.groups, design.structure, rng, fold) for _ in range(n_shuffles)
+    ]
+    return np.stack([design.y, *shuffles])
+
+
 def run_test(
     x: FloatArray,
     design: Design,
+    label: Task,
     solver: Solver,
-    *,
-    penalties: tuple[float, ...],
-    folds: int,
-    n_shuffles: int,
-    seed: int,
-) -> PermutationTest:
-    """Return the label's AUROC among those of `n_shuffles` shuffles, on features x [n, D].
+    settings: ProbeSettings,
+    chosen: Sequence[float],
+) -> tuple[PermutationTest, Shuffled]:
+    """Test the label on features x [n, D] against `settings.n_permutations` shuffles.
 
-    Raises ValueError if the groups do not suffice to have every class on both sides of every fold, and for a
-    mixed design, of which no way to shuffle is known that leaves the groups' share in the labels.
+    chosen: values of C that the label's own probes took. Distances are measured at the value that was tested next to
+    their median.
     """
-    if design.structure == "mixed":
-        raise ValueError(
-            f"some groups ({design.group}) hold one class of {design.label!r} and some hold several: its labels "
-            "cannot be shuffled as if they said nothing; leave one of the two kinds out with --where"
+    fold, penalties = label.folds[0], settings.test_penalties
+    labels = make_shuffles(design, fold, settings.n_permutations, settings.seed)
+    largest = np.full(len(labels), -np.inf)
+    at = int(np.argmin(np.abs(np.log(penalties) - np.log(np.median(chosen)))))
+    parts: list[Mapping[str, Estimate]] = []
+    for start, decisions in _decide(x, labels, fold, solver, settings):
+        some = labels[start : start + decisions.shape[1]]
+        for decided in decisions:
+            auroc = _mean_auroc(decided, some, fold)
+            largest[start : start + len(some)] = np.fmax(largest[start : start + len(some)], auroc)
+        parts.append(score(decisions[at][:, None], some, fold[None], design.groups))
+    estimates = {metric: _join([part[metric] for part in parts]) for metric in parts[0]}
+    test = PermutationTest(
+        value=float(largest[0]),
+        null=largest[1:],
+        spread=float(largest[1:].std()),
+        distances={metric: studentise(estimate) for metric, estimate in estimates.items()},
+    )
+    return test, Shuffled(estimates=estimates)
+
+
+def compare(observed: TaskScores, a: Shuffled, b: Shuffled, statistic: str = "auroc") -> PermutationTest:
+    """Test whether two sets of features differ in how well they tell the label, from tests of the same shuffles.
+
+    observed: the difference of their scores, as it is reported.
+
+    The statistic is the difference's distance from 0, in standard errors, to either side. Shuffling labels for both
+    at once gives its distribution where neither knows anything; because it is studentised it is used where both know
+    equally much, too (Chung & Romano 2013, arXiv 1304.5939). Exchanging the two models' held-out scores group by group
+    would test that hypothesis outright, but takes the probes as given, as if other groups would have trained the
+    same ones: it would find differences that are not there (see `intervals` for why).
+    """
+    differences = {
+        metric: Estimate(
+            values=mine.values - b.estimates[metric].values,
+            deviations=mine.deviations - b.estimates[metric].deviations,
         )
-    fold = _split(design, folds, seed)
-    labels = _draw_labels(design, fold, n_shuffles, seed)
-    statistics = np.zeros((1 + n_shuffles, len(penalties)))
-    for k in range(folds):
-        train, test = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
-        jobs = [Job(rows=train, y=y[train], penalties=penalties) for y in labels]
-        held_out, ones = x[test], np.ones((1, len(test)))
-        for number, solutions in enumerate(solver.solve(x, jobs)):
-            y = labels[number][test]
-            for at, solution in enumerate(solutions):
-                scores = score_fold(solution.decide(held_out), y).weigh(ones)
-                statistics[number, at] += scores["auroc"][0] / folds
-    largest = statistics.max(1)
-    return PermutationTest(value=float(largest[0]), null=largest[1:])
+        for metric, mine in a.estimates.items()
+    }
+    distances = {metric: studentise(difference) for metric, difference in differences.items()}
+    error = float(np.sqrt((observed.deviations[statistic] ** 2).sum()))
+    value = abs(observed.values[statistic]) / error if error else 0.0
+    signed = distances[statistic]
+    return PermutationTest(value=value, null=np.abs(signed), spread=float(signed.std()), distances=distances)
 
 
-def correct_for_maximum(tests: list[PermutationTest]) -> list[float]:
+def studentise(estimate: Estimate) -> FloatArray:
+    """Return [B]: the distances of all but the first from their mean, in their standard errors; 0 where those are."""
+    away = estimate.values[1:] - estimate.values[1:].mean()
+    errors = estimate.errors[1:]
+    return np.asarray(np.divide(away, errors, out=np.zeros_like(away), where=errors > 0))
+
+
+def correct_for_maximum(tests: Sequence[PermutationTest]) -> list[float]:
     """Return, for each of several tests of the same shuffles, the p-value of its being the largest of all.
 
     The max-statistic correction (Westfall & Young 1993): each statistic is held against the largest of every
-    shuffle.
+    shuffle, so that the chance to find anything anywhere in noise is the p-value.
     """
     largest = np.max([test.null for test in tests], axis=0)
-    return [PermutationTest(value=test.value, null=largest).p_value for test in tests]
+    return [float((1 + (largest >= test.value).sum()) / (1 + len(largest))) for test in tests]
 
 
-def _split(design: Design, folds: int, seed: int) -> IntArray:
-    """Return the fold [n] of each sample: groups by chance, drawn again until every fold has every class."""
-    fold = np.empty(design.n_samples, np.int64)
-    for attempt in range(TRIES if design.n_groups >= folds else 0):
-        splitter = GroupKFold(folds, shuffle=True, random_state=(seed + attempt * 1_000_003) % 2**32)
-        for k, (_, test) in enumerate(splitter.split(fold, groups=design.groups)):
-            fold[test] = k
-        if _is_complete(design.y, fold):
-            return fold
-    raise ValueError(
-        f"no split of {design.n_groups} groups into {folds} folds has every class of {design.label!r} on both "
-        "sides: lower --folds, or choose another --group"
+def correct_for_discoveries(tests: Sequence[PermutationTest]) -> list[float]:
+    """Return the p-values such that a share p of those called found is false (Benjamini & Hochberg 1995)."""
+    return [float(p) for p in false_discovery_control([test.p_value for test in tests])]
+
+
+def detectable_at(tests: Sequence[PermutationTest], alpha: float) -> list[float]:
+    """Return, for each test, the smallest true statistic that is found with probability POWER at corrected `alpha`.
+
+    What the largest of a shuffle's statistics exceeds in a share `alpha` of them, and above it the POWER quantile of
+    a normal distribution as wide as the test's own null. It is a little too large where an effect narrows that.
+    """
+    largest = np.sort(np.max([test.null for test in tests], axis=0))
+    at = min(int(np.ceil((1 - alpha) * (1 + len(largest)))), len(largest)) - 1
+    return [float(largest[at] + norm.ppf(POWER) * test.spread) for test in tests]
+
+
+def _decide(
+    x: FloatArray, labels: IntArray, fold: FoldArray, solver: Solver, settings: ProbeSettings
+) -> Iterator[tuple[int, FloatArray]]:
+    """Yield the number of a first label and held-out decisions [penalties, some labels, n, outputs] from it on."""
+    penalties, n_classes = settings.test_penalties, int(labels.max()) + 1
+    n_outputs = 1 if n_classes == 2 else n_classes
+    size = len(penalties) * n_outputs * (len(fold) + x.shape[1])
+    some = max(1, MOST_ELEMENTS // size)
+    splits = [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(int(fold.max()) + 1)]
+    for start in range(0, len(labels), some):
+        batch = labels[start : start + some]
+        decisions = np.empty((len(penalties), len(batch), len(fold), n_outputs))
+        for train, test in splits:
+            jobs = [
+                Job(
+                    rows=train,
+                    y=y[train],
+                    penalties=penalties,
+                    class_weights=weigh_classes(y[train], settings.class_weight),
+                )
+                for y in batch
+            ]
+            held_out = x[test]
+            for number, solutions in enumerate(solver.solve(x, jobs)):
+                for at, solution in enumerate(solutions):
+                    decisions[at, number, test] = solution.decide(held_out)
+        yield start, decisions
+
+
+def _mean_auroc(decisions: FloatArray, labels: IntArray, fold: FoldArray) -> FloatArray:
+    """Return [L]: the mean over folds of the AUROC of decisions [L, n, outputs]."""
+    tests = [np.flatnonzero(fold == k) for k in range(int(fold.max()) + 1)]
+    return np.asarray(np.nanmean([rank(decisions[:, test], labels[:, test]) for test in tests], axis=0))
+
+
+def _join(parts: Sequence[Estimate]) -> Estimate:
+    return Estimate(
+        values=np.concatenate([part.values for part in parts]),
+        deviations=np.concatenate([part.deviations for part in parts]),
     )
-
-
-def _draw_labels(design: Design, fold: IntArray, n_shuffles: int, seed: int) -> list[IntArray]:
-    """Return the label and its shuffles, all with every class on both sides of every fold."""
-    rng = np.random.default_rng([seed, 3])
-    labels = [design.y]
-    for _ in range(TRIES * n_shuffles):
-        if len(labels) > n_shuffles:
-            break
-        shuffled = shuffle_labels(design.y, design.groups, design.structure, rng)
-        if _is_complete(shuffled, fold):
-            labels.append(shuffled)
-    if len(labels) <= n_shuffles:
-        raise ValueError(
-            f"most ways to shuffle {design.label!r} among {design.n_groups} groups leave a class out of a "
-            "fold: lower --folds, or choose another --group"
-        )
-    return labels
-
-
-def _is_complete(y: IntArray, fold: IntArray) -> bool:
-    counts = np.zeros((int(fold.max()) + 1, int(y.max()) + 1), np.int64)
-    np.add.at(counts, (fold, y), 1)
-    return bool((counts > 0).all())

@@ -17,7 +17,7 @@ import psutil
 
 from mmextract.engine.store import open_store
 from mmextract.probes.choice import choose
-from mmextract.probes.intervals import BLOCK_ELEMENTS
+from mmextract.probes.permutation import MOST_ELEMENTS as MOST_SHUFFLED
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -151,12 +151,13 @@ def _solving_bytes(plan: ProbePlan, one: Round) -> int:
 
 
 def _scoring_bytes(plan: ProbePlan) -> int:
-    """Return what a block of bootstrap draws takes, and the weights it gives to the samples of a fold."""
-    settings, n_groups = plan.settings, plan.design.n_groups
-    if settings.preset == "paper":
+    """Return what shuffled labels take: coefficients and decisions of as many as are fitted at once."""
+    settings, n_classes = plan.settings, len(plan.design.classes)
+    if settings.preset == "paper" or not settings.n_permutations:
         return 0
-    n_draws = max(1, min(settings.resamples, BLOCK_ELEMENTS // n_groups))
-    return DOUBLE * n_draws * (2 * n_groups + 8 * plan.design.n_samples // settings.folds)
+    n_outputs = len(settings.test_penalties) * (1 if n_classes == 2 else n_classes)
+    size = n_outputs * (plan.design.n_samples + plan.hidden_size)
+    return DOUBLE * 2 * min(MOST_SHUFFLED, size * (1 + settings.n_permutations))
 
 
 def available_bytes() -> int:

@@ -229,12 +229,17 @@ def _what_is_controlled(summary: Summary) -> list[str]:
         )
     elif design.group:
         points.append(f"Samples with the same {design.group} are never in training and test at once.")
+    if summary.is_tested:
+        points.append(
+            f"The p-values compare the label with {settings.n_permutations:,} shuffles: {SHUFFLES[design.structure]}. "
+            "Corrected, each is held against the largest AUROC that a shuffle reaches at any layer and position."
+        )
     points += [
         f"The control is the same procedure on shuffled labels: {SHUFFLES[design.structure]}. Selectivity "
         "is the label’s score minus the control’s.",
-        f"The intervals ({settings.confidence * 100:g} %) come from {settings.resamples:,} resamplings of "
-        "the groups, stretched for the overlap of the training sets. The wider ones (“all at once”) hold "
-        "for all layers and positions together, so that picking the best does not mislead.",
+        f"The intervals ({settings.confidence * 100:g} %) come from leaving out one group at a time, calibrated by "
+        "shuffled labels. The wider ones (“all at once”) hold for all layers and positions together, so that picking "
+        "the best does not mislead.",
     ]
     return points
 
@@ -257,9 +262,13 @@ def _what_it_cannot_say(summary: Summary) -> list[str]:
             "One split gives one number, without an interval; identities occur in training and test."
         )
     else:
+        untested = "No permutation test was made: “above chance” means that an interval excludes it. "
         points.append(
-            "No permutation test was made. “Above chance” means that an interval excludes it; the intervals "
-            "do not cover the luck of the one shuffle behind the control, nor other models."
+            ("" if summary.is_tested else untested)
+            + "The intervals do not cover the luck of the one shuffle behind the control, nor other models."
+        )
+        points.append(
+            "There is no baseline on the pixels: a store holds states, not the images that were rendered for them."
         )
     points.append(
         "What a linear probe can read out, the model need not use; what it cannot may be there in another "

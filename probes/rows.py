@@ -1,4 +1,4 @@
-"""From scores to tidy rows: each metric of each task, layer and position, with its intervals.
+"""From scores to tidy rows: each metric of each task, layer and position, with its intervals and p-values.
 
 This module knows nothing about files, figures or sentences.
 """
@@ -6,57 +6,99 @@ This module knows nothing about files, figures or sentences.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 
+from mmextract.probes.design import Design
 from mmextract.probes.evaluation import TaskScores
-from mmextract.probes.intervals import Interval, make_intervals
+from mmextract.probes.intervals import (
+    Interval,
+    make_intervals,
+    reach_by_correction,
+    reach_by_permutations,
+)
 from mmextract.probes.metrics import FloatArray
-from mmextract.probes.run import Cell, ProbePlan, Scores
+from mmextract.probes.permutation import correct_for_discoveries, correct_for_maximum, detectable_at
+from mmextract.probes.run import ProbePlan, Scores
 
-BOUNDS: Mapping[str, tuple[float, float]] = {"log_loss": (0.0, np.inf)}
+BOUNDS: Mapping[str, tuple[float, float]] = {"log_loss": (0.0, np.inf), "brier": (0.0, 2.0)}
 UNIT_BOUNDS = (0.0, 1.0)
+SHARES = ("auroc", "accuracy", "balanced_accuracy")
 SELECTIVE_METRICS = ("auroc", "accuracy", "balanced_accuracy")
+TESTED_METRIC = "auroc"
+BASELINES = ("majority", "random")
+DIFFERENCES = ("selectivity", "difference")
 
 
-def _about(text: str) -> Any:
+def _about(text: str, default: Any = None) -> Any:
     """Make a field whose description is written into the outputs."""
-    return field(metadata={"about": text})
+    return field(default=default, metadata={"about": text})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One line of the tables: a metric of a task at a layer and position. Each field carries its description."""
 
-    layer: int = _about("decoder block; -1 is the embedding, the input of block 0")
-    position: str = _about("token or span of tokens")
-    label: str = _about("column of the store that gave the classes")
-    task: str = _about(
-        "label; control: the same with shuffled labels; selectivity: label minus control; majority: predicts "
-        "the class frequencies of the training set"
+    layer: int = field(metadata={"about": "decoder block; -1 is the embedding, the input of block 0"})
+    position: str = field(metadata={"about": "token or span of tokens"})
+    label: str = field(metadata={"about": "column of the store that gave the classes"})
+    task: str = field(
+        metadata={
+            "about": "label; control: the same with shuffled labels; selectivity: label minus control; majority: "
+            "predicts the class frequencies of the training set; random: mean of probes along random directions; "
+            "other: the label in the store compared with; difference: label minus other"
+        }
     )
-    metric: str = _about(
-        "auroc (of more than two classes: mean of one against the rest), accuracy, balanced_accuracy, "
-        "log_loss (nats)"
+    metric: str = field(
+        metadata={
+            "about": "auroc (of more than two classes: mean of one against the rest), accuracy, balanced_accuracy, "
+            "log_loss (nats), brier (of two classes: squared error of the positive one's probability), ece "
+            "(expected calibration error, 10 equal bins of the predicted class's probability)"
+        }
     )
-    value: float = _about("mean over test folds and repeats")
-    low: float | None = _about("lower end of the interval by bootstrap over groups")
+    value: float = field(metadata={"about": "mean over test folds and repeats"})
+    error: float | None = _about(
+        "standard error of the value; includes that other training sets give other probes"
+    )
+    low: float | None = _about(
+        "lower end of the interval, by the jackknife over groups, calibrated by permutations; that of log_loss and "
+        "brier takes the C that was chosen as given, and is narrow for it"
+    )
     high: float | None = _about("upper end of that interval")
     simultaneous_low: float | None = _about(
         "lower end of the interval that holds for all layers and positions of this task and metric at once"
     )
     simultaneous_high: float | None = _about("upper end of that interval")
-    n_samples: int = _about("samples probed")
-    n_groups: int = _about("groups they fall into")
-    n_classes: int = _about("classes of the label")
-    c: float | None = _about("median over folds of the inverse penalty C that was chosen")
-    solver: str = _about("what fitted the probes")
-    n_fits: int = _about(
-        "probes fitted for this task, layer and position, those for the choice of C included"
+    chance: float | None = _about("what knowing nothing but the classes' shares scores")
+    baseline: bool = _about("whether this is a baseline: majority, random, or the embedding", False)
+    p: float | None = _about(
+        "permutation p-value of this layer and position alone: one-sided for label and other, two-sided for difference"
     )
-    n_unconverged: int = _about("those of them that did not reach the optimum")
+    p_corrected: float | None = _about(
+        "the same for all layers and positions looked at, by the maximum over them (Westfall-Young); decides the "
+        "report's first sentence"
+    )
+    p_fdr: float | None = _about(
+        "the same as a false discovery rate over layers and positions (Benjamini-Hochberg)"
+    )
+    detectable: float | None = _about(
+        "smallest true value that has p_corrected at most 1 - confidence with a probability of 0.8"
+    )
+    n_permutations: int | None = _about("shuffles behind the p-values")
+    n_samples: int = field(metadata={"about": "samples probed"})
+    n_groups: int = field(metadata={"about": "groups they fall into"})
+    n_classes: int = field(metadata={"about": "classes of the label"})
+    c: float | None = _about("median over folds of the inverse penalty C that was chosen")
+    solver: str = field(metadata={"about": "what fitted the probes"})
+    n_fits: int = field(
+        metadata={
+            "about": "probes fitted for this task, layer and position, those for the choice of C included, those on "
+            "shuffled labels not"
+        }
+    )
+    n_unconverged: int = field(metadata={"about": "those of them that did not reach the optimum"})
 
 
 COLUMNS: Mapping[str, str] = {f.name: f.metadata["about"] for f in fields(Row)}
@@ -64,53 +106,37 @@ COLUMNS: Mapping[str, str] = {f.name: f.metadata["about"] for f in fields(Row)}
 
 
 def make_rows(plan: ProbePlan, by_cell: Scores) -> Iterator[Row]:
-    """Yield the rows of the label, its control, its baselines, and its selectivity."""
+    """Yield the rows of the label, its control, its baselines, its selectivity and what it is compared with."""
     cells = list(by_cell)
-    by_task = {task.task: [_find(by_cell[cell], task.task) for cell in cells] for task in by_cell[cells[0]]}
+    by_task = {
+        scores.task: [by_cell[cell].find(scores.task) for cell in cells] for scores in by_cell[cells[0]].tasks
+    }
     for task, scores in by_task.items():
-        for metric in scores[0].replicates:
-            replicates = np.stack([score.replicates[metric] for score in scores])
-            yield from _task_rows(
-                plan, cells, scores, task, metric, replicates, BOUNDS.get(metric, UNIT_BOUNDS)
-            )
-    if "control" not in by_task:
-        return
-    label, control = by_task["label"], by_task["control"]
-    for metric in SELECTIVE_METRICS:
-        difference = np.stack(
-            [a.replicates[metric] - b.replicates[metric] for a, b in zip(label, control, strict=True)]
-        )
-        blank = [TaskScores(task="selectivity", y=plan.design.y, replicates={})] * len(cells)
-        yield from _task_rows(plan, cells, blank, "selectivity", metric, difference, (-1.0, 1.0))
+        for metric in scores[0].values:
+            rows = _make_rows(plan, by_cell, task, metric, scores)
+            yield from _add_tests(plan, by_cell, task, rows) if metric == TESTED_METRIC else rows
+    if "control" in by_task:
+        pairs = zip(by_task["label"], by_task["control"], strict=True)
+        selectivity = [label.minus(control, "selectivity") for label, control in pairs]
+        for metric in SELECTIVE_METRICS:
+            yield from _make_rows(plan, by_cell, "selectivity", metric, selectivity)
 
 
-def _find(scores: Sequence[TaskScores], task: str) -> TaskScores:
-    return next(score for score in scores if score.task == task)
-
-
-def _task_rows(
-    plan: ProbePlan,
-    cells: Sequence[Cell],
-    scores: Sequence[TaskScores],
-    task: str,
-    metric: str,
-    replicates: FloatArray,
-    bounds: tuple[float, float],
-) -> Iterator[Row]:
-    if replicates.shape[1] == 1:
-        intervals = [Interval(value=value) for value in replicates[:, 0].tolist()]
-    else:
-        intervals = make_intervals(
-            replicates, folds=plan.settings.folds, confidence=plan.settings.confidence, bounds=bounds
-        )
-    for (layer, position), score, interval in zip(cells, scores, intervals, strict=True):
-        yield Row(
+def _make_rows(
+    plan: ProbePlan, by_cell: Scores, task: str, metric: str, scores: Sequence[TaskScores]
+) -> list[Row]:
+    intervals = _find_intervals(plan, by_cell, task, metric, scores)
+    chance = 0.0 if task in DIFFERENCES else find_chance(plan.design, metric)
+    return [
+        Row(
             layer=layer,
             position=position,
             label=plan.design.label,
             task=task,
             metric=metric,
             **vars(interval),
+            chance=chance,
+            baseline=task in BASELINES or layer < 0,
             n_samples=plan.design.n_samples,
             n_groups=plan.design.n_groups,
             n_classes=len(plan.design.classes),
@@ -119,3 +145,78 @@ def _task_rows(
             n_fits=score.n_fits,
             n_unconverged=score.n_unconverged,
         )
+        for (layer, position), score, interval in zip(by_cell, scores, intervals, strict=True)
+    ]
+
+
+def _find_intervals(
+    plan: ProbePlan, by_cell: Scores, task: str, metric: str, scores: Sequence[TaskScores]
+) -> list[Interval]:
+    """Return an interval a cell. Tasks without a test of their own are calibrated by the label's."""
+    values = [score.values[metric] for score in scores]
+    if metric not in scores[0].deviations:
+        return [Interval(value=value) for value in values]
+    deviations = np.stack([score.deviations[metric] for score in scores])
+    tests = [cell.tests.get(task) or cell.tests.get("label") for cell in by_cell.values()]
+    settings = plan.settings
+    if all(test is not None for test in tests):
+        distances = np.stack([test.distances[metric] for test in tests if test is not None])
+        reach = reach_by_permutations(distances, settings.confidence)
+    else:
+        reach = reach_by_correction(deviations, settings.folds, settings.confidence, settings.seed)
+    return make_intervals(
+        values,
+        _length(deviations),
+        reach,
+        confidence=settings.confidence,
+        n_groups=plan.design.n_groups,
+        bounds=_bounds(task, metric),
+        is_share=task not in DIFFERENCES and metric in SHARES,
+    )
+
+
+def _bounds(task: str, metric: str) -> tuple[float, float]:
+    low, high = BOUNDS.get(metric, UNIT_BOUNDS)
+    return (-high, high) if task in DIFFERENCES else (low, high)
+
+
+def _length(deviations: FloatArray) -> FloatArray:
+    return np.asarray(np.sqrt((deviations**2).sum(1)))
+
+
+def _add_tests(plan: ProbePlan, by_cell: Scores, task: str, rows: Sequence[Row]) -> Iterator[Row]:
+    """Yield the rows of the tested metric with their p-values, if there is a test of the task."""
+    tests = [cell.tests[task] for cell in by_cell.values() if task in cell.tests]
+    if not tests:
+        yield from rows
+        return
+    alpha = plan.settings.alpha
+    at = detectable_at(tests, alpha)
+    if task == "difference":  # its statistic counts standard errors
+        errors = _length(
+            np.stack([by_cell[r.layer, r.position].find(task).deviations[r.metric] for r in rows])
+        )
+        at = (np.array(at) * errors).tolist()
+    columns = zip(rows, tests, correct_for_maximum(tests), correct_for_discoveries(tests), at, strict=True)
+    for row, test, corrected, discovery, detectable in columns:
+        yield replace(
+            row,
+            p=test.p_value,
+            p_corrected=corrected,
+            p_fdr=discovery,
+            detectable=min(detectable, 1.0),
+            n_permutations=len(test.null),
+        )
+
+
+def find_chance(design: Design, metric: str) -> float:
+    """Return what a probe scores that knows the classes' shares and nothing else."""
+    share = np.bincount(design.y, minlength=len(design.classes)) / design.n_samples
+    return {
+        "auroc": 0.5,
+        "accuracy": float(share.max()),
+        "balanced_accuracy": 1 / len(share),
+        "log_loss": float(-(share * np.log(share)).sum()),
+        "brier": float(1 - (share**2).sum()) / (2 if len(share) == 2 else 1),
+        "ece": 0.0,
+    }[metric]

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from dask.base import compute
 from dask.callbacks import Callback
 from dask.delayed import delayed
@@ -22,12 +21,13 @@ from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from mmextract.engine.store import Store, open_store
-from mmextract.probes.choice import check_name, make_solver, one_thread
+from mmextract.probes.choice import check_name, one_thread
+from mmextract.probes.comparison import OtherStore, check_same, match_store, read_columns, require_cells
+from mmextract.probes.cost import choose_permutations, predict_seconds
 from mmextract.probes.design import Design, make_design
-from mmextract.probes.evaluation import TaskScores, evaluate
-from mmextract.probes.metrics import FloatArray
-from mmextract.probes.paper import LARGEST_CLASS, evaluate_paper, make_paper_task
+from mmextract.probes.paper import LARGEST_CLASS, make_paper_task
 from mmextract.probes.planning import check_cluster, choose_workers
+from mmextract.probes.scoring import CellScores, score_cell
 from mmextract.probes.settings import UNGROUPED, ProbeSettings
 from mmextract.probes.tasks import Task, make_tasks
 
@@ -44,8 +44,8 @@ Cell = tuple[int, str]
 """A layer and a position."""
 
 
-Scores = Mapping[Cell, Sequence[TaskScores]]
-"""For each layer and position, the label, its controls and its baselines."""
+Scores = Mapping[Cell, CellScores]
+"""For each layer and position, the label, its control and its baselines."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +74,8 @@ class ProbePlan:
     """[n] ids of the probed samples."""
     group_names: tuple[str, ...]
     """[n] value of the group column, or the sample's id."""
+    other: OtherStore | None = None
+    """What it is compared with."""
 
     @property
     def cells(self) -> list[Cell]:
@@ -81,18 +83,26 @@ class ProbePlan:
         return [(layer, position) for layer in self.layers for position in self.positions]
 
 
-def plan_probe(place: str | Path, settings: ProbeSettings) -> ProbePlan:
+def plan_probe(
+    place: str | Path, settings: ProbeSettings, *, compare_with: str | Path | None = None
+) -> ProbePlan:
     """Decide what is probed in the store at `place`; reads its columns, not its hidden states.
 
+    compare_with: a store of the same samples from another checkpoint, for the difference of the two.
+
     Raises ValueError or LookupError, saying what was expected and what to do, for a store, label, grouping,
-    layer or position that cannot be probed.
+    layer or position that cannot be probed, or compared.
     """
     check_name(settings.solver)
     store = open_store(place)
     _check_complete(store, settings)
-    # numpy's variable-width texts know few operations; as objects they know all
-    columns = {name: v.astype(object) if v.dtype.kind == "T" else v for name, v in store.columns.items()}
+    columns = read_columns(store)
     paper = settings.preset == "paper"
+    other = None
+    if compare_with is not None:
+        theirs = open_store(compare_with)
+        _check_complete(theirs, settings)
+        other = match_store(theirs, columns)
     design = make_design(
         columns,
         store.committed,
@@ -101,8 +111,14 @@ def plan_probe(place: str | Path, settings: ProbeSettings) -> ProbePlan:
         where=settings.where,
         largest_class=LARGEST_CLASS if paper else None,
         positive_last=not paper,
+        usable=None if other is None else other.usable,
     )
-    return ProbePlan(
+    layers, positions = _choose_layers(store, settings), _choose_positions(store, settings, design)
+    if other is not None:
+        check_same(other, columns, design.rows, [design.label, *([design.group] if design.group else [])])
+        require_cells(other, layers, positions)
+        other = replace(other, columns={})  # checked, and not worth sending to every worker
+    plan = ProbePlan(
         store=place,
         attributes=store.attributes,
         n_stored=store.n_samples,
@@ -110,11 +126,13 @@ def plan_probe(place: str | Path, settings: ProbeSettings) -> ProbePlan:
         settings=settings,
         design=design,
         tasks=(make_paper_task(design),) if paper else make_tasks(design, settings),
-        layers=_choose_layers(store, settings),
-        positions=_choose_positions(store, settings, design),
+        layers=layers,
+        positions=positions,
         samples=tuple(map(str, columns["sample"][design.rows])),
         group_names=tuple(map(str, columns[design.group or "sample"][design.rows])),
+        other=other,
     )
+    return choose_permutations(plan)
 
 
 def run_probe(
@@ -165,14 +183,15 @@ def _run_on_cluster(plan: ProbePlan, client: Client, on_progress: Callable[[int]
     from distributed import as_completed
 
     check_cluster(plan, client)
-    if "://" not in str(plan.store):
-        plan = replace(plan, store=Path(plan.store).absolute())
+    plan = replace(plan, store=_absolute(plan.store))
+    if plan.other is not None:
+        plan = replace(plan, other=replace(plan.other, place=_absolute(plan.other.place)))
     shared = client.scatter(plan, broadcast=True, hash=False)
     futures = {
         client.submit(_score_on_worker, shared, *cell, pure=False, retries=CLUSTER_RETRIES): cell
         for cell in plan.cells
     }
-    scores: dict[Cell, Sequence[TaskScores]] = {}
+    scores: dict[Cell, CellScores] = {}
     try:
         for future in as_completed(futures, loop=client.loop):
             scores[futures[future]] = future.result()
@@ -184,7 +203,12 @@ def _run_on_cluster(plan: ProbePlan, client: Client, on_progress: Callable[[int]
     return {cell: scores[cell] for cell in plan.cells}
 
 
-def _score_on_worker(plan: ProbePlan, layer: int, position: str) -> Sequence[TaskScores]:
+def _absolute(place: str | Path) -> str | Path:
+    """Return a place that means the same in another working directory."""
+    return place if "://" in str(place) else Path(place).absolute()
+
+
+def _score_on_worker(plan: ProbePlan, layer: int, position: str) -> CellScores:
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         return score_cell(plan, layer, position)
@@ -200,26 +224,6 @@ def choose_scheduler(plan: ProbePlan, workers: int) -> str:
     return "processes" if workers > 1 and predict_seconds(plan) > SECONDS_WORTH_PROCESSES else "synchronous"
 
 
-def predict_seconds(plan: ProbePlan) -> float:
-    """Return roughly how long one core takes.
-
-    scikit-learn: each fit 3 ms, and its arithmetic at 20 GFLOP/s over some five steps. Our own solvers: the
-    moments of a training set and their eigenvectors, then some 25 products a fit (measured at 800 samples ×
-    3584 features).
-    """
-    settings, n, d = plan.settings, plan.design.n_samples, plan.hidden_size
-    searching = len(settings.penalties) > 1
-    inner = settings.inner_folds * len(settings.penalties) if searching else 0
-    n_outer = 1 if settings.preset == "paper" else settings.folds * settings.repeats
-    k = min(n, d)
-    if settings.preset == "paper" or settings.solver in ("sklearn", "cuml"):
-        task = n_outer * (inner + 1) * (3e-3 + 5e-10 * n * k**2)
-    else:
-        n_sets = n_outer * (settings.inner_folds * searching + 1)
-        task = n_sets * (3e-11 * n * d * k + 3e-10 * k**3) + n_outer * (inner + 1) * (5e-4 + 1.2e-8 * n * k)
-    return len(plan.cells) * len(plan.tasks) * task
-
-
 def _prepare() -> None:
     """Set up a process for tasks that fill the cores by being many, and whose convergence is measured afterwards."""
     threadpool_limits(1)
@@ -229,29 +233,6 @@ def _prepare() -> None:
 def _start_process() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, that ends its workers
     _prepare()
-
-
-def score_cell(plan: ProbePlan, layer: int, position: str) -> Sequence[TaskScores]:
-    """Read one layer and position from the store and score every task on it."""
-    x = read_states(open_store(plan.store), layer, position, plan.design)
-    if plan.settings.preset == "paper":
-        return evaluate_paper(x, plan.tasks[0])
-    with one_thread():
-        solver = make_solver(plan.settings.solver)
-        return evaluate(x, plan.design.groups, plan.tasks, solver, plan.settings)
-
-
-def read_states(store: Store, layer: int, position: str, design: Design) -> FloatArray:
-    """Return float64 [n, D]: the states of the probed samples. Raises ValueError if any is not finite."""
-    states = store.read(layer, position)[design.rows].astype(np.float64)
-    bad = np.flatnonzero(~np.isfinite(states).all(1))
-    if len(bad):
-        first = store.columns["sample"][design.rows[bad[0]]]
-        raise ValueError(
-            f"layer {layer}, position {position}: {len(bad)} of {len(states)} samples hold NaN or infinite "
-            f"states (the first is {first}): leave them out with --where, or this layer or position out"
-        )
-    return states
 
 
 def _cores() -> int:

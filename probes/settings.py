@@ -8,6 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PRESETS = ("default", "paper")
+CLASS_WEIGHTS = ("none", "balanced")
+FEWEST_PERMUTATIONS = 19
+"""With fewer no p-value falls to 0.05."""
+
 UNGROUPED = "none"
 """As a group's name: every sample stands alone."""
 
@@ -43,24 +47,31 @@ class ProbeSettings:
     """A name of `choice.SOLVER_NAMES`; `auto` chooses by shape and device."""
     seed: int = 0
     """Decides folds, shuffled labels and resampled groups."""
-    resamples: int = 2000
-    """Bootstrap replicates behind each interval."""
+    permutations: int | None = None
+    """Shuffles of the label behind each p-value and interval; 0 for none, and then no p-values (see `intervals`);
+    None chooses by what they cost (see `run.choose_permutations`)."""
+    class_weight: str = "none"
+    """`balanced` weighs each sample by the inverse of its class's share of the training set."""
     confidence: float = 0.95
-    """Coverage that the intervals aim at."""
+    """Coverage that the intervals aim at; a p-value is small at 1 − this."""
     allow_incomplete: bool = False
     """Probe the samples that are there, though the store lacks some."""
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
+        if self.class_weight not in CLASS_WEIGHTS:
+            raise ValueError(
+                f"class weight must be one of {', '.join(CLASS_WEIGHTS)}, got {self.class_weight!r}"
+            )
         for name, least in (
             ("folds", 2),
             ("repeats", 1),
             ("inner_folds", 2),
-            ("resamples", 100),
+            ("permutations", 0),
             ("seed", 0),
         ):
-            if getattr(self, name) < least:
+            if (getattr(self, name) or 0) < least:
                 raise ValueError(
                     f"{name.replace('_', ' ')} must be at least {least}, got {getattr(self, name)}"
                 )
@@ -68,3 +79,27 @@ class ProbeSettings:
             raise ValueError(f"each C must be a positive number, got {self.penalties}")
         if not 0.5 <= self.confidence < 1:
             raise ValueError(f"confidence must lie in [0.5, 1), got {self.confidence}")
+        if self.permutations and self.permutations < FEWEST_PERMUTATIONS:
+            raise ValueError(
+                f"permutations must be 0, for none, or at least {FEWEST_PERMUTATIONS}: with {self.permutations} no "
+                f"p-value falls below {1 / (1 + self.permutations):.2g}"
+            )
+
+    @property
+    def alpha(self) -> float:
+        """The corrected p-value up to which something is said to be found."""
+        return round(1 - self.confidence, 12)
+
+    @property
+    def n_permutations(self) -> int:
+        """Shuffles of the label; 0 where they are yet to be chosen, too."""
+        return self.permutations or 0
+
+    @property
+    def test_penalties(self) -> tuple[float, ...]:
+        """Values of C that the permutation test tries: at most three of the grid, evenly spread, ascending.
+
+        AUROC changes little from one value of the grid to the next, and each costs a fit a shuffle and fold."""
+        grid = sorted(set(self.penalties))
+        last = len(grid) - 1
+        return tuple(grid[at] for at in sorted({0, last // 2, last}))

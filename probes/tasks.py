@@ -120,19 +120,47 @@ def _fewest_groups(y: IntArray, groups: IntArray) -> int:
     return int((count(y, numbers) > 0).sum(0).min())
 
 
-def shuffle_labels(y: IntArray, groups: IntArray, structure: str, rng: np.random.Generator) -> IntArray:
-    """Return y [n] shuffled as SHUFFLES says for that structure."""
+def shuffle_labels(
+    y: IntArray,
+    groups: IntArray,
+    structure: str,
+    rng: np.random.Generator,
+    fold: NDArray[np.integer] | None = None,
+) -> IntArray:
+    """Return y [n] shuffled as SHUFFLES says for that structure.
+
+    fold: [n]; labels that are permuted among samples or among groups then stay in their fold, so that its classes
+    are as many as before. Those that are exchanged inside a group do so anyway.
+    """
     if structure in ("rows", "mixed"):
-        return rng.permutation(y)
+        return _permute_within(y, np.zeros_like(y) if fold is None else fold, rng)
     n_groups = int(groups.max()) + 1
     if structure == "paired":
         n_classes = int(y.max()) + 1
         exchange = rng.permuted(np.tile(np.arange(n_classes), (n_groups, 1)), axis=1)  # [group, class]
         return exchange[groups, y]
     if structure == "between":
-        label = np.empty(n_groups, np.int64)
+        label, place = np.empty(n_groups, np.int64), np.zeros(n_groups, np.int64)
         label[groups] = y
-        return rng.permutation(label)[groups]
-    shuffled = np.empty_like(y)
-    shuffled[np.argsort(groups, kind="stable")] = y[np.lexsort((rng.random(len(y)), groups))]
+        if fold is not None:
+            place[groups] = fold
+        return _permute_within(label, place, rng)[groups]
+    return _permute_within(y, groups, rng)
+
+
+def _permute_within(values: IntArray, places: NDArray[np.integer], rng: np.random.Generator) -> IntArray:
+    """Return values [n] permuted among those of the same place."""
+    shuffled = np.empty_like(values)
+    shuffled[np.argsort(places, kind="stable")] = values[np.lexsort((rng.random(len(values)), places))]
     return shuffled
+
+
+def weigh_classes(y: IntArray, class_weight: str) -> tuple[float, ...]:
+    """Return the weight of each class in a training set y [m]: m / (classes · samples of it) for `balanced`, else ().
+
+    Those weights sum to m, as scikit-learn's `class_weight="balanced"` do.
+    """
+    if class_weight == "none":
+        return ()
+    counts = np.bincount(y)
+    return tuple((len(y) / (len(counts) * counts)).tolist())

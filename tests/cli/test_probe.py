@@ -4,13 +4,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from tests.cli.conftest import Ran
 from tests.probes.stores import make_paired_store
 
 Run = Callable[..., Ran]
-QUICK = ("--c", 0.1, "--repeats", 1)
+QUICK = ("--c", 0.1, "--repeats", 1, "--permutations", 0)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +53,14 @@ def test_the_published_protocol_is_a_preset_and_leaves_no_choice(
 ) -> None:
     ran = run("probe", store, "--preset", "paper", "-o", tmp_path, "--json")
     assert ran.code == 0 and {row["metric"] for row in json.loads(ran.out)["rows"]} == {"accuracy"}
-    ran = run("probe", store, "--preset", "paper", "--folds", 3, "-o", tmp_path)
-    assert ran.code == 2 and "--folds" in ran.err
+    for given in (
+        ("--folds", 3),
+        ("--permutations", 50),
+        ("--class-weight", "balanced"),
+        ("--compare", store),
+    ):
+        ran = run("probe", store, "--preset", "paper", *given, "-o", tmp_path)
+        assert ran.code == 2 and given[0] in ran.err
 
 
 def test_a_grouping_that_separates_pairs_is_warned_of_on_stderr(
@@ -93,6 +100,9 @@ def test_decisions_taken_for_the_user_are_said_on_stderr(run: Run, store: Path, 
         (("--where", "import os"), "cannot read the filter"),
         (("--layers", "9"), "layer 9 is out of range"),
         (("--position", "prompt"), "it has last, image"),
+        (("--label", "identity_set,colour"), "no column 'colour'"),
+        (("--permutations", "5"), "at least 19"),
+        (("--compare", "none.zarr"), "mmextract dump"),
         (("--folds", "40"), "40 folds need at least 40 groups (pair), but there are 30"),
     ],
 )
@@ -105,8 +115,38 @@ def test_what_cannot_be_probed_is_one_message_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_several_labels_get_a_folder_each_and_one_table(run: Run, store: Path, tmp_path: Path) -> None:
+    ran = run(
+        "probe", store, *QUICK, "--layers", 0, "--label", "identity_set,answer", "-o", tmp_path, "--json"
+    )
+    assert ran.code == 0, ran.err
+    assert list(json.loads(ran.out)) == ["identity_set", "answer"]
+    rows = pq.read_table(tmp_path / "probe.parquet").to_pylist()
+    assert {row["label"] for row in rows} == {"identity_set", "answer"}
+    for label in ("identity_set", "answer"):
+        record = json.loads((tmp_path / label / "probe.json").read_text())
+        assert record["design"]["label"] == label and len(record["rows"]) == len(rows) / 2
+
+
+def test_two_stores_are_compared(run: Run, store: Path, tmp_path: Path) -> None:
+    arguments = ("--c", 0.1, "--repeats", 1, "--permutations", 19, "--layers", 0)
+    ran = run("probe", store, *arguments, "--compare", store, "-o", tmp_path, "--json")
+    assert ran.code == 0, ran.err
+    printed = json.loads(ran.out)
+    assert {row["task"] for row in printed["rows"]} == {"label", "other", "difference"}
+    assert "better or worse than those compared with" in printed["headline"]
+
+
 @pytest.mark.parametrize(
-    "arguments", [("--folds", "1"), ("--c", "0"), ("--preset", "papers"), ("--sovler", "auto")]
+    "arguments",
+    [
+        ("--folds", "1"),
+        ("--label", ","),
+        ("--class-weight", "some"),
+        ("--c", "0"),
+        ("--preset", "papers"),
+        ("--sovler", "auto"),
+    ],
 )
 def test_a_wrong_option_is_a_usage_error(run: Run, store: Path, arguments: tuple[str, ...]) -> None:
     assert run("probe", store, *arguments).code == 2

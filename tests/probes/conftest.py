@@ -13,7 +13,7 @@ from mmextract.probes.settings import ProbeSettings
 from mmextract.probes.summary import Summary
 from tests.probes.stores import make_paired_store
 
-QUICK = ProbeSettings(penalties=(0.01, 1.0), resamples=300)
+QUICK = ProbeSettings(penalties=(0.01, 1.0), permutations=49)
 
 
 @pytest.fixture(scope="session")

@@ -75,6 +75,10 @@ def test_the_first_of_each_class_in_the_order_of_the_store_are_kept() -> None:
         (["red"] * 4, "one class only, 'red', in all 4 samples"),
         (["red", "red", "", ""], "2 more samples have no value"),
         ([f"user{i}" for i in range(30)], "looks like an identifier.*30 distinct values"),
+        (
+            [f"user{i}" for i in range(10_000)],
+            "10000 distinct values in 10000 samples .user0, user1, user10, …",
+        ),
         (np.linspace(0, 1, 40).tolist(), "looks continuous: 40 distinct values"),
         (["", ""], "no sample is left.*2 without a colour"),
     ],

@@ -2,62 +2,97 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 
-from mmextract.probes.intervals import make_intervals, resample_groups, stretch_factor
+from mmextract.probes.intervals import (
+    Interval,
+    Reach,
+    make_intervals,
+    reach_by_correction,
+    reach_by_permutations,
+    stretch_factor,
+)
 
 RNG = np.random.default_rng(0)
-REPLICATES = 0.6 + np.c_[np.zeros((4, 1)), 0.02 * RNG.normal(size=(4, 4000))]
+DISTANCES = 1.4 * RNG.normal(size=(4, 9999))
 
 
-def test_groups_are_drawn_with_replacement_after_a_plain_row_of_ones() -> None:
-    draws = np.concatenate(list(resample_groups(50, 200, seed=3)))
-    assert draws.shape == (201, 50)
-    assert (draws[0] == 1).all() and (draws[1:] >= 0).all() and (draws.sum(1) == 50).all()
-    assert len(np.unique(draws[1:], axis=0)) == 200
+def interval(
+    value: float, error: float, reach: Reach, *, share: bool = False, n_groups: int = 30
+) -> Interval:
+    (made,) = make_intervals(
+        [value],
+        np.array([error]),
+        reach,
+        confidence=0.95,
+        n_groups=n_groups,
+        bounds=(0.0, 1.0),
+        is_share=share,
+    )
+    return made
 
 
-def test_the_seed_decides_the_draws() -> None:
-    first, again, other = (np.concatenate(list(resample_groups(20, 50, seed))) for seed in (1, 1, 2))
-    assert (first == again).all() and (first != other).any()
+def test_an_interval_reaches_as_far_as_shuffles_lie_from_their_mean() -> None:
+    reach = reach_by_permutations(DISTANCES, 0.95)
+    assert reach.own == pytest.approx([1.4 * 1.96] * 4, rel=0.03)
+    made = interval(0.6, 0.02, Reach(own=reach.own[:1], together=reach.together))
+    assert made.low == pytest.approx(0.6 - reach.own[0] * 0.02) and made.error == pytest.approx(
+        0.028, rel=0.03
+    )
 
 
-def test_the_factor_is_that_of_nadeau_and_bengio() -> None:
-    folds, n = 5, 100
-    naive, corrected = 1 / folds, 1 / folds + (n / folds) / (n - n / folds)
-    assert stretch_factor(folds) == pytest.approx((corrected / naive) ** 0.5)
-
-
-def test_an_interval_is_the_stretched_quantiles_of_the_replicates() -> None:
-    interval = make_intervals(REPLICATES, folds=5, confidence=0.95, bounds=(0, 1))[0]
-    low, high = np.quantile(REPLICATES[0, 1:] - 0.6, [0.025, 0.975]) * stretch_factor(5) + 0.6
-    assert (interval.value, interval.low, interval.high) == pytest.approx((0.6, low, high))
+def test_few_shuffles_reach_as_far_as_the_largest() -> None:
+    nineteen = np.arange(1.0, 20.0)[None]
+    assert reach_by_permutations(nineteen, 0.95).own[0] == 19
+    # the smallest that 95 % of the 99 and the data, 100 in all, do not exceed
+    assert reach_by_permutations(np.arange(1.0, 100.0)[None], 0.95).own[0] == 95
 
 
 def test_the_simultaneous_interval_is_wider_the_more_it_holds_for() -> None:
-    four = make_intervals(REPLICATES, folds=5, confidence=0.95, bounds=(0, 1))[0]
-    one = make_intervals(REPLICATES[:1], folds=5, confidence=0.95, bounds=(0, 1))[0]
-    assert four.simultaneous_low is not None and one.simultaneous_low is not None and four.low is not None
-    assert four.simultaneous_low < one.simultaneous_low <= four.low
+    one, four = reach_by_permutations(DISTANCES[:1], 0.95), reach_by_permutations(DISTANCES, 0.95)
+    assert one.together == one.own[0]
     # the largest of four independent normal deviates: 95 % below 2.49
-    reach = (0.6 - four.simultaneous_low) / (0.02 * stretch_factor(5))
-    assert reach == pytest.approx(2.49, abs=0.1)
+    assert four.together == pytest.approx(1.4 * 2.49, rel=0.03)
 
 
-def test_estimates_that_move_together_pay_little_for_being_many() -> None:
-    same = np.tile(REPLICATES[:1], (20, 1))
-    one = make_intervals(REPLICATES[:1], folds=5, confidence=0.95, bounds=(0, 1))[0]
-    many = make_intervals(same, folds=5, confidence=0.95, bounds=(0, 1))[7]
-    assert many.simultaneous_low == pytest.approx(one.simultaneous_low)
+def test_estimates_that_move_together_pay_nothing_for_being_many() -> None:
+    many = reach_by_permutations(np.tile(DISTANCES[:1], (20, 1)), 0.95)
+    assert many.together == many.own[7]
 
 
-def test_intervals_stay_within_bounds_and_skip_replicates_without_a_score() -> None:
-    replicates = 0.99 + np.c_[np.zeros((1, 1)), 0.02 * RNG.normal(size=(1, 500))]
-    replicates[0, 5] = np.nan
-    interval = make_intervals(replicates, folds=5, confidence=0.95, bounds=(0, 1))[0]
-    assert interval.high == interval.simultaneous_high == 1.0
-    assert interval.low is not None and np.isfinite(interval.low)
+def test_without_permutations_the_factor_is_that_of_nadeau_and_bengio() -> None:
+    folds, n = 5, 100
+    naive, corrected = 1 / folds, 1 / folds + (n / folds) / (n - n / folds)
+    assert stretch_factor(folds) == pytest.approx((corrected / naive) ** 0.5)
+    reach = reach_by_correction(RNG.normal(size=(4, 50)), folds, 0.95, seed=0)
+    assert reach.own == pytest.approx([norm.ppf(0.975) * stretch_factor(5)] * 4)
+    assert reach.together == pytest.approx(2.49 * stretch_factor(5), rel=0.05)
+
+
+def test_of_one_estimate_the_two_intervals_are_the_same_without_permutations_too() -> None:
+    reach = reach_by_correction(RNG.normal(size=(1, 50)), 5, 0.95, seed=0)
+    assert reach.together == reach.own[0]
+
+
+def test_a_share_near_one_has_more_room_inwards_than_outwards_and_never_leaves_its_bounds() -> None:
+    made = interval(0.95, 0.03, Reach(own=np.array([2.7]), together=3.0), share=True)
+    assert made.low is not None and made.high is not None
+    assert 0.95 - made.low > 2.7 * 0.03 > made.high - 0.95 and made.high < 1
+    middle = interval(0.5, 0.03, Reach(own=np.array([2.7]), together=3.0), share=True)
+    assert middle.low == pytest.approx(0.5 - 2.7 * 0.03, abs=0.002)
+
+
+def test_a_perfect_score_is_not_certain() -> None:
+    made = interval(1.0, 0.0, Reach(own=np.array([2.7]), together=3.0), share=True, n_groups=10)
+    # ten successes of ten: the Clopper-Pearson interval starts at 0.025^(1/10)
+    assert made.low == pytest.approx(0.025**0.1) and made.high == 1.0
+
+
+def test_other_intervals_stay_within_bounds() -> None:
+    made = interval(0.99, 0.02, Reach(own=np.array([2.7]), together=3.0))
+    assert made.high == made.simultaneous_high == 1.0
 
 
 def test_an_estimate_that_does_not_vary_has_an_interval_without_width() -> None:
-    interval = make_intervals(np.full((1, 100), 0.5), folds=5, confidence=0.95, bounds=(0, 1))[0]
-    assert interval.low == interval.high == interval.simultaneous_low == interval.simultaneous_high == 0.5
+    made = interval(0.5, 0.0, Reach(own=np.array([2.7]), together=3.0), share=True)
+    assert made.low == made.high == made.simultaneous_low == made.simultaneous_high == 0.5

@@ -21,12 +21,13 @@ from mmextract.probes.run import plan_probe, run_probe
 from mmextract.probes.settings import ProbeSettings
 from tests.probes.stores import make_store, paired_columns
 
-LEAN = ProbeSettings(folds=2, repeats=1, inner_folds=2, penalties=(1e-3, 1e-2), resamples=100)
+LEAN = ProbeSettings(folds=2, repeats=1, inner_folds=2, penalties=(1e-3, 1e-2), permutations=0)
 SCORE = """
 import json, sys
 from pathlib import Path
 from mmextract.probes.planning import predict_bytes, predict_task_bytes
-from mmextract.probes.run import plan_probe, score_cell
+from mmextract.probes.run import plan_probe
+from mmextract.probes.scoring import score_cell
 from mmextract.probes.settings import ProbeSettings
 
 def peak():

@@ -13,7 +13,7 @@ from mmextract.probes.summary import Summary
 from tests.probes.conftest import QUICK, summarise
 from tests.probes.stores import make_paired_store, make_store, paired_columns, paired_states
 
-FAST = ProbeSettings(penalties=(0.1,), repeats=1, resamples=100)
+FAST = ProbeSettings(penalties=(0.1,), repeats=1, permutations=0)
 
 
 def test_a_planted_signal_is_found_where_it_is_and_nowhere_else(summary: Summary) -> None:
@@ -118,6 +118,29 @@ def test_constant_features_are_no_error(tmp_path: Path) -> None:
     assert best.value == best.low == best.high == 0.5
 
 
+def test_a_class_that_would_be_missing_from_a_fold_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    columns = paired_columns(60, 60)
+    columns["rare"] = ["yes" if pair < 4 else "no" for pair in columns["pair"]]
+    states = np.zeros((120, 1, 1, 4), np.float32)
+    store = make_store(tmp_path / "s.zarr", states, layers=[0], positions=["last"], columns=columns)
+    with pytest.raises(
+        ValueError, match=r"class 'yes' of 'rare' occurs in 4 groups .pair., and 5 folds.*lower --folds"
+    ):
+        plan_probe(store, replace(FAST, label="rare"))
+
+
+def test_a_design_that_cannot_be_shuffled_has_intervals_but_no_p_values_and_says_so(tmp_path: Path) -> None:
+    columns = paired_columns(60, 30)
+    both = zip(columns["pair"], columns["condition"], strict=True)
+    columns["half"] = ["a" if pair < 15 or name == "seen" else "b" for pair, name in both]
+    states = np.random.default_rng(0).normal(size=(120, 1, 1, 4)).astype(np.float32)
+    store = make_store(tmp_path / "s.zarr", states, layers=[0], positions=["last"], columns=columns)
+    made = summarise(store, replace(FAST, label="half", permutations=19))
+    assert made.plan.design.structure == "mixed"
+    assert not made.is_tested and made.best.low is not None
+    assert any("no p-values: some groups (pair) hold one class" in text for text in made.warnings)
+
+
 def test_of_a_store_of_all_tokens_the_positions_that_every_sample_has_are_probed(tmp_path: Path) -> None:
     columns = paired_columns(30, 15)
     states = np.zeros((60, 1, 10, 4), np.float32)
@@ -136,6 +159,9 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         {"penalties": ()},
         {"preset": "papers"},
         {"confidence": 1.0},
+        {"permutations": -1},
+        {"permutations": 5},
+        {"class_weight": "equal"},
     ):
         with pytest.raises(ValueError, match=r"must|each"):
             ProbeSettings(**wrong)
