@@ -23,6 +23,7 @@ from mmextract.cli.finetune import finetune
 from mmextract.cli.identities import identities
 from mmextract.cli.info import info
 from mmextract.cli.probe import probe
+from mmextract.cli.report import report
 from mmextract.cli.verify import verify
 from mmextract.cli.watermark import watermark
 
@@ -77,6 +78,7 @@ for command in (
     finetune,
     evaluate,
     dynamics,
+    report,
     info,
     verify,
     export,

@@ -17,6 +17,7 @@ from mmextract.cli.clusters import connect, scheduler_options
 from mmextract.cli.reporting import note, printable, progress_bar
 
 if TYPE_CHECKING:
+    from mmextract.probes.description import DescriptionSettings
     from mmextract.probes.summary import Summary
 
 _FIXED_BY_PAPER = (
@@ -92,6 +93,24 @@ _MOST_COLUMNS = 8
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Decides folds and shuffles."
 )
 @click.option(
+    "--separability/--no-separability",
+    default=True,
+    help="Measure how far classes stand apart without a probe, too.  [default: yes]",
+)
+@click.option(
+    "--projections",
+    default="pca,tsne@best",
+    show_default=True,
+    help="pca, tsne, umap, or several; @best: of the best layer and position alone; none.",
+)
+@click.option(
+    "--projection-device",
+    type=click.Choice(("cpu", "cuda")),
+    default="cpu",
+    show_default=True,
+    help="Where projections are made; cuda takes cuML.",
+)
+@click.option(
     "--workers",
     type=click.IntRange(min=0),
     default=0,
@@ -117,12 +136,13 @@ def probe(
 ) -> None:
     """Probe each layer and position of STORE: how well do its hidden states tell the values of a label apart?
 
-    Writes probe.json, probe.csv, probe.parquet, scores.parquet, curves.png, curves.svg and report.html; with several
-    labels into a folder each, and the tables of all of them beside those.
+    Writes probe.json, probe.csv, probe.parquet, scores.parquet, separability and projections, figures and report.html;
+    with several labels into a folder each, and the tables of all of them beside those.
     """
     from mmextract.probes.cost import predict_seconds
+    from mmextract.probes.description import describe
     from mmextract.probes.outputs import make_record, write_outputs, write_tables
-    from mmextract.probes.planning import describe
+    from mmextract.probes.planning import describe as describe_plan
     from mmextract.probes.run import plan_probe, run_probe
     from mmextract.probes.settings import ProbeSettings
     from mmextract.probes.summary import Summary
@@ -131,6 +151,7 @@ def probe(
     as_json, dry_run, compared = options.pop("json"), options.pop("dry_run"), options.pop("compare")
     scheduler, scheduler_file = options.pop("scheduler"), options.pop("scheduler_file")
     positions, penalties = options.pop("position") or None, options.pop("c")
+    wished = _read_description(options)
     labels = _read_labels(options.pop("label"))
     chosen = {
         "layers": _read_layers(store, layers),
@@ -144,7 +165,7 @@ def probe(
         dict.fromkeys(text for plan in plans for text in plan.design.warnings),
     )
     if dry_run:
-        click.echo("\n\n".join(describe(plan, workers, predict_seconds(plan)) for plan in plans))
+        click.echo("\n\n".join(describe_plan(plan, workers, predict_seconds(plan)) for plan in plans))
         return
     on_cluster = scheduler or scheduler_file
     with (
@@ -155,13 +176,17 @@ def probe(
             Summary(plan, run_probe(plan, workers=workers, client=client, on_progress=advance))
             for plan in plans
         ]
+        descriptions = [
+            describe(s.plan, wished, (s.best.layer, s.best.position), other=compared, client=client)
+            for s in summaries
+        ]
     command = shlex.join(["mmextract", *sys.argv[1:]])
     texts, selections = [], {}
-    for name, summary in zip(labels, summaries, strict=True):
+    for name, summary, description in zip(labels, summaries, descriptions, strict=True):
         folder = output / _name_folder(name) if len(labels) > 1 else output
         _announce((), summary.anomalies)
-        record = make_record(summary, command)
-        files = write_outputs(summary, record, folder)
+        record = make_record(summary, command, description)
+        files = write_outputs(summary, record, folder, description)
         texts.append(_text(summary, folder))
         selections[name] = _select(summary, record, files)
     if len(labels) > 1:
@@ -183,6 +208,16 @@ def _read_labels(text: str) -> list[str]:
 def _name_folder(label: str) -> str:
     """Return the name of a label's folder, which leads nowhere else."""
     return label.replace("/", "_").replace("\\", "_").lstrip(".") or "_"
+
+
+def _read_description(options: dict[str, Any]) -> DescriptionSettings:
+    """Take the options that say what is described beside the probes, and check that it can be."""
+    from mmextract.probes.description import DescriptionSettings
+    from mmextract.probes.projections import check_wishes, parse_wishes
+
+    wishes, device = parse_wishes(options.pop("projections")), options.pop("projection_device")
+    check_wishes(wishes, device)
+    return DescriptionSettings(separability=options.pop("separability"), projections=wishes, device=device)
 
 
 def _refuse_fixed(context: click.Context, preset: str) -> None:

@@ -1,240 +1,325 @@
-"""The curves: how well a probe does at each layer, one panel a position, with its intervals, control and
-baseline.
+"""Figures for paper: curves, differences, the map of layers × positions, separability and projections.
 
-With many positions, one heat map of layers × positions takes their place. This module knows nothing about
-files.
+The same results give the same bytes, as PNG, SVG and PDF. This module knows nothing about files.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from mmextract.probes.metrics import FloatArray
-from mmextract.probes.summary import CHANCE, Summary
+from mmextract.probes.panels import (
+    COLOURS,
+    FIGURE_METRICS,
+    METRIC_NAMES,
+    SERIES,
+    SERIES_MARKERS,
+    Line,
+    Panel,
+    curve_panels,
+    difference_panels,
+    heat_map,
+    legend_of,
+    name_layers,
+    separability_panels,
+)
+from mmextract.probes.projections import METHODS
+from mmextract.probes.results import Results
 
-MOST_PANELS = 6
-"""With more positions than this a heat map is drawn."""
+FORMATS = ("png", "svg", "pdf")
+INK, GRID = "#333333", "#e4e4e4"
 MOST_COLUMNS = 3
 MOST_TICKS = 12
-
-METRIC_NAMES = {
-    "auroc": "AUROC",
-    "accuracy": "Accuracy",
-    "balanced_accuracy": "Balanced accuracy",
-    "log_loss": "Log-loss",
+MOST_MAPS = 12
+"""Layers of which a projection is drawn in the figure: the report has all."""
+MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "cross": "P", "x": "X"}
+DASHES = {
+    "solid": "-",
+    "dash": (0, (4, 3)),
+    "dot": (0, (1, 1.6)),
+    "dashdot": (0, (5, 2, 1, 2)),
+    "longdash": (0, (8, 3)),
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Look:
-    """Colours and shape of a figure."""
-
-    narrow: bool = False
-    """For a phone: panels under one another."""
-    ink: str = "#333333"
-    """Text and axes."""
-    grid: str = "#e4e4e4"
-    probe: str = "#0072b2"
-    """The label's curve. This and the next are of Okabe and Ito's palette, which colour-blind readers can
-    tell apart."""
-    control: str = "#d55e00"
-    chance: str = "#777777"
-    paper: str | None = "white"
-    """Background, None for none."""
-
-    def narrowed(self) -> Look:
-        """Return the same look for a phone."""
-        return replace(self, narrow=True)
-
-
-LIGHT = Look(paper=None)
-DARK = Look(ink="#d7d7d7", grid="#3a3d42", probe="#56b4e9", control="#e69f00", chance="#9a9a9a", paper=None)
-
-
-def draw(summary: Summary, look: Look) -> Figure:
-    """Draw the figure of a run."""
-    if len(summary.plan.positions) > MOST_PANELS:
-        return _draw_map(summary, look)
-    return _draw_curves(summary, look)
-
-
 def save(figure: Figure, kind: str) -> bytes:
-    """Return a figure as `png` or `svg`; the same figure gives the same bytes."""
+    """Return a figure as one of FORMATS; the same figure gives the same bytes."""
+    if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once for all formats: it takes longer than the drawing
     out = io.BytesIO()
-    with mpl.rc_context({"svg.hashsalt": "mmextract", "svg.fonttype": "path"}):
-        metadata = {"Date": None} if kind == "svg" else None
+    # without dates, and with shapes in place of letters: no reader has to have the fonts
+    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": None}[kind]
+    with mpl.rc_context({"svg.hashsalt": "mmextract", "svg.fonttype": "path", "pdf.fonttype": 42}):
         figure.savefig(out, format=kind, dpi=200, metadata=metadata)
     return out.getvalue()
 
 
-def _draw_curves(summary: Summary, look: Look) -> Figure:
-    metrics = ("accuracy",) if summary.is_paper else ("auroc", "accuracy")
-    panels = _arrange(metrics, summary.plan.positions, 1 if look.narrow else MOST_COLUMNS)
-    n_rows, n_columns = len(panels), max(map(len, panels))
-    size = (
-        (3.9, 1.0 + 2.3 * n_rows) if look.narrow else (max(6.4, 0.6 + 3.3 * n_columns), 0.75 + 2.6 * n_rows)
-    )
-    figure = Figure(figsize=size, layout="constrained", facecolor=look.paper or "none")
+def draw_curves(results: Results) -> Figure:
+    """Draw the label with its intervals, control and baselines: a column a position, a row a metric."""
+    metrics = [metric for metric in FIGURE_METRICS if metric in results.metrics]
+    return _draw_rows([(METRIC_NAMES[metric], curve_panels(results, metric)) for metric in metrics], results)
+
+
+def draw_differences(results: Results) -> Figure | None:
+    """Draw how much better the label is told apart than in the other store; None if nothing was compared."""
+    rows = [
+        (f"{METRIC_NAMES[metric]} less the other’s", difference_panels(results, metric))
+        for metric in FIGURE_METRICS
+    ]
+    rows = [(name, panels) for name, panels in rows if panels]
+    return _draw_rows(rows, results) if rows else None
+
+
+def draw_separability(results: Results) -> Figure | None:
+    """Draw separability without a probe, a panel a metric; None if it was not measured."""
+    panels = separability_panels(results)
+    return _draw_rows([("", panels)], results) if panels else None
+
+
+def _draw_rows(rows: Sequence[tuple[str, list[Panel]]], results: Results) -> Figure:
+    grid = _wrap(rows)
+    n_rows, n_columns = len(grid), max(len(panels) for _, panels in grid)
+    size = (max(6.4, 0.6 + 3.3 * n_columns), 0.95 + 2.6 * n_rows)
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
     axes = figure.subplots(n_rows, n_columns, squeeze=False)
     for (row, column), ax in np.ndenumerate(axes):
-        if column >= len(panels[row]):
+        name, panels = grid[row]
+        if column >= len(panels):
             ax.set_visible(False)
             continue
-        metric, position = panels[row][column]
-        _draw_panel(ax, summary, metric, position, look)
-        _style_panel(ax, summary.plan.layers, look)
-        ax.set_ylim(_limits(summary, metric))
-        _label_panel(
-            ax, metric, position, look, titled=metric == metrics[0], first=column == 0, last=row == n_rows - 1
-        )
-    _add_legend(figure, axes[0, 0], look)
+        _draw_panel(ax, panels[column], results.layers)
+        ax.set_title(_plain(_shorten(panels[column].title, 40)), fontsize=10, color=INK)
+        if column == 0:
+            ax.set_ylabel(name, fontsize=10, color=INK)
+        if row == n_rows - 1 or column >= len(grid[row + 1][1]):
+            ax.set_xlabel("layer", fontsize=10, color=INK)
+    _add_legend(figure, axes, [panel for _, panels in grid for panel in panels])
     return figure
 
 
-def _arrange(metrics: Sequence[str], positions: Sequence[str], n_columns: int) -> list[list[tuple[str, str]]]:
-    """Return rows of panels (metric, position): the metrics of a few positions under one another, then the next few."""
-    some = [positions[start : start + n_columns] for start in range(0, len(positions), n_columns)]
-    return [[(metric, position) for position in columns] for columns in some for metric in metrics]
+def _wrap(rows: Sequence[tuple[str, list[Panel]]]) -> list[tuple[str, list[Panel]]]:
+    """Break rows of too many panels, so that those of the same position stand under one another."""
+    longest = max(len(panels) for _, panels in rows)
+    width = 2 if longest == 4 else MOST_COLUMNS
+    starts = range(0, longest, width)
+    return [(name, panels[s : s + width]) for s in starts for name, panels in rows if panels[s : s + width]]
 
 
-def _values(summary: Summary, task: str, metric: str, position: str, part: str) -> FloatArray:
-    """Return one entry of the rows of a curve, by layer."""
-    rows = [summary.row(task, metric, (layer, position)) for layer in summary.plan.layers]
-    return np.array([getattr(row, part) for row in rows], dtype=np.float64)
+def _draw_panel(ax: Axes, panel: Panel, layers: Sequence[int]) -> None:
+    for order, line in enumerate(reversed(panel.lines)):
+        _draw_line(ax, line, order)
+    if panel.logarithmic:
+        ax.set_yscale("log")
+    ax.set_ylim(panel.limits)
+    _style(ax, layers)
 
 
-def _draw_panel(ax: Axes, summary: Summary, metric: str, position: str, look: Look) -> None:
-    x = np.arange(len(summary.plan.layers), dtype=np.float64)
+def _draw_line(ax: Axes, line: Line, order: int) -> None:
+    x = np.arange(len(line.y), dtype=np.float64)
     only = len(x) == 1  # a curve of one point would be invisible
-    if only:
-        x = np.array([-0.3, 0.3])
+    x = np.array([-0.3, 0.3]) if only else x
 
-    def values(task: str, part: str = "value") -> FloatArray:
-        curve = _values(summary, task, metric, position, part)
-        return np.repeat(curve, 2) if only else curve
+    def widen(values: np.ndarray) -> np.ndarray:
+        return np.repeat(values, 2) if only else values
 
-    markers = ("", "") if only else ("o", "s")
-    ax.plot(
-        x,
-        values("label"),
-        f"{markers[0]}-",
-        color=look.probe,
-        markersize=4.5,
-        linewidth=2,
-        label="probe",
-        zorder=4,
-    )
-    if not summary.is_paper:
-        control = values("control")
-        ax.plot(
+    colour = COLOURS[line.colour][0]
+    strong = bool(line.bands)
+    for band in line.bands:
+        ax.fill_between(
             x,
-            control,
-            f"{markers[1]}-",
-            color=look.control,
-            markersize=3.2,
-            linewidth=1.2,
-            label="control",
-            zorder=3,
+            widen(band.low),
+            widen(band.high),
+            color=colour,
+            alpha=band.alpha,
+            linewidth=0,
+            label=_plain(band.name),
         )
-    majority = values("majority")
     ax.plot(
         x,
-        majority,
-        color=look.chance,
-        linewidth=1.2,
-        linestyle=(0, (4, 3)),
-        label="chance, majority class",
-        zorder=2,
+        widen(line.y),
+        linestyle=DASHES[line.dash],
+        marker=None if only or not line.marker else MARKERS[line.marker],
+        markersize=4.5 if strong else 3.4,
+        markerfacecolor=colour if not line.found else "white",
+        linewidth=2 if strong else 1.2,
+        color=colour,
+        label=_plain(_shorten(line.name, 60)),
+        zorder=3 + order,
     )
-    if not summary.is_paper:
-        percent = f"{summary.plan.settings.confidence * 100:g} %"
-        for part, alpha, name in (("", 0.24, percent), ("simultaneous_", 0.14, f"{percent}, all at once")):
-            low, high = values("label", f"{part}low"), values("label", f"{part}high")
-            ax.fill_between(x, low, high, color=look.probe, alpha=alpha, linewidth=0, label=name, zorder=1)
+    found = np.flatnonzero(line.found)
+    if len(found) and not only:
+        ax.plot(
+            x[found],
+            line.y[found],
+            marker=MARKERS[line.marker or "circle"],
+            linestyle="none",
+            markersize=5.5,
+            color=colour,
+            label="stands out, all at once",
+            zorder=4 + order,
+        )
 
 
-def _limits(summary: Summary, metric: str) -> tuple[float, float]:
-    """Return the range of the metric over all positions, so that panels can be compared."""
-    parts = ("value",) if summary.is_paper else ("value", "simultaneous_low", "simultaneous_high")
-    tasks = ("label", "majority") if summary.is_paper else ("label", "majority", "control")
-    shown = [
-        _values(summary, task, metric, position, part)
-        for position in summary.plan.positions
-        for task in tasks
-        for part in (parts if task == "label" else ("value",))
-    ]
-    low, high = float(np.min(shown)), float(np.max(shown))
-    margin = max(0.04 * (high - low), 0.02)
-    return low - margin, high + margin
-
-
-def _style_panel(ax: Axes, layers: tuple[int, ...], look: Look) -> None:
-    ticks = range(0, len(layers), -(-len(layers) // MOST_TICKS))
-    ax.set_xticks(list(ticks), ["embed" if layers[t] < 0 else str(layers[t]) for t in ticks])
+def _style(ax: Axes, layers: Sequence[int]) -> None:
+    _name_ticks(ax.xaxis, name_layers(layers), MOST_TICKS)
     ax.set_xlim(-0.4, len(layers) - 0.6)
-    ax.tick_params(colors=look.ink, labelsize=9, length=0)
-    ax.grid(axis="y", color=look.grid, linewidth=0.8)
+    ax.tick_params(which="both", colors=INK, labelsize=9, length=0)
+    ax.grid(axis="y", color=GRID, linewidth=0.8)
     ax.set_axisbelow(True)
-    ax.set_facecolor("none")
     ax.spines[["top", "right", "left"]].set_visible(False)
-    ax.spines["bottom"].set_color(look.grid)
+    ax.spines["bottom"].set_color(GRID)
 
 
-def _label_panel(
-    ax: Axes, metric: str, position: str, look: Look, *, titled: bool, first: bool, last: bool
-) -> None:
-    if look.narrow:
-        ax.set_title(f"{METRIC_NAMES[metric]}, position {_plain(position)}", fontsize=10, color=look.ink)
-    elif titled:
-        ax.set_title(f"position {_plain(position)}", fontsize=10, color=look.ink)
-    if first and not look.narrow:
-        ax.set_ylabel(METRIC_NAMES[metric], fontsize=10, color=look.ink)
-    if last:
-        ax.set_xlabel("layer", fontsize=10, color=look.ink)
-
-
-def _add_legend(figure: Figure, ax: Axes, look: Look) -> None:
+def _add_legend(figure: Figure, axes: np.ndarray, panels: Sequence[Panel]) -> None:
+    found: dict[str, Artist] = {}
+    for ax in axes.flat:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    lines = [_plain(_shorten(name, 60)) for name in legend_of(panels)]
+    names = [*(name for name in lines if name in found), *(name for name in found if name not in lines)]
     figure.legend(
-        *ax.get_legend_handles_labels(),
-        loc="outside upper center" if look.narrow else "outside lower center",
-        ncols=2 if look.narrow else 5,
+        [found[name] for name in names],
+        names,
+        loc="outside lower center",
+        ncols=_n_columns(figure, names),
         fontsize=9,
         frameon=False,
-        labelcolor=look.ink,
+        labelcolor=INK,
     )
 
 
-def _draw_map(summary: Summary, look: Look) -> Figure:
-    layers, positions = summary.plan.layers, summary.plan.positions
-    values = np.array(
-        [_values(summary, "label", summary.metric, p, "value") for p in positions]
-    ).T  # [layer, position]
-    size = (3.9 if look.narrow else 8.0, 1.6 + 0.16 * len(layers))
-    figure = Figure(figsize=size, layout="constrained", facecolor=look.paper or "none")
+def _n_columns(figure: Figure, names: Sequence[str]) -> int:
+    """Return how many columns of a legend find room, with letters of 9 points that are 5.5 wide on average."""
+    room = figure.get_figwidth() * 72
+    return max(1, min(4, len(names), int(room / (5.5 * max(map(len, names)) + 40))))
+
+
+def draw_map(results: Results) -> Figure | None:
+    """Draw the scores of all layers and positions, chance in the middle of the scale; None with one position."""
+    if len(results.positions) < 2:
+        return None
+    scores = heat_map(results, results.metric)
+    n_layers, n_positions = scores.values.shape
+    size = (min(9.0, 3.6 + 0.3 * n_positions), min(9.0, 1.6 + 0.2 * max(n_layers, 6)))
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
     ax = figure.subplots()
-    reach = max(0.05, float(np.abs(values - CHANCE).max()))
-    image = ax.imshow(
-        values, aspect="auto", origin="lower", cmap="PuOr", vmin=CHANCE - reach, vmax=CHANCE + reach
-    )
-    _name_ticks(ax.xaxis, [_plain(position) for position in positions], 8 if look.narrow else 16)
-    _name_ticks(ax.yaxis, ["embed" if layer < 0 else str(layer) for layer in layers], MOST_TICKS)
-    ax.set_xlabel("position", color=look.ink)
-    ax.set_ylabel("layer", color=look.ink)
-    ax.tick_params(colors=look.ink, labelsize=9, length=0)
+    image = ax.imshow(scores.values, aspect="auto", origin="lower", cmap="PuOr_r")
+    image.set_clim(scores.centre - scores.reach, scores.centre + scores.reach)
+    _name_ticks(ax.xaxis, [_plain(_shorten(position)) for position in results.positions], 16)
+    if max(map(len, results.positions)) > 6:
+        ax.tick_params(axis="x", rotation=35)
+    _name_ticks(ax.yaxis, name_layers(results.layers), 2 * MOST_TICKS)
+    ax.set_xlabel("position", color=INK)
+    ax.set_ylabel("layer", color=INK)
+    ax.tick_params(colors=INK, labelsize=9, length=0)
     ax.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=ax, label=METRIC_NAMES[summary.metric])
-    bar.ax.tick_params(colors=look.ink, labelsize=9)
-    bar.ax.yaxis.label.set_color(look.ink)
+    bar = figure.colorbar(image, ax=ax, label=f"{METRIC_NAMES[scores.metric]}, chance in the middle")
+    bar.ax.tick_params(colors=INK, labelsize=9)
+    bar.ax.yaxis.label.set_color(INK)
     bar.outline.set_visible(False)
+    if n_positions * n_layers <= 120:
+        _write_values(ax, scores.values, scores.centre, scores.reach)
     return figure
+
+
+def _write_values(ax: Axes, values: np.ndarray, centre: float, reach: float) -> None:
+    for (layer, position), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            ink = "white" if abs(value - centre) > 0.65 * reach else INK
+            ax.text(position, layer, f"{value:.2f}", ha="center", va="center", fontsize=8, color=ink)
+
+
+def draw_projection(results: Results, method: str, position: str) -> Figure:
+    """Draw a projection, a panel a layer, of up to MOST_MAPS layers spread over the model, the best among them."""
+    maps = results.maps[method, position]
+    layers = choose_layers(sorted(maps), results.best[0], MOST_MAPS)
+    n_columns = min(4, len(layers))
+    n_rows = -(-len(layers) // n_columns)
+    figure = Figure(
+        figsize=(1.0 + 2.4 * n_columns, 0.9 + 2.4 * n_rows), layout="constrained", facecolor="white"
+    )
+    axes = figure.subplots(n_rows, n_columns, squeeze=False)
+    for ax, layer in zip(axes.flat, layers, strict=False):
+        table = maps[layer]
+        x, y, names = (np.asarray(table[name].to_pylist()) for name in ("x", "y", "class"))
+        for number, name in enumerate(results.classes):
+            here = names == name
+            ax.scatter(
+                x[here],
+                y[here],
+                s=9 if len(x) < 500 else 5,
+                marker=MARKERS[SERIES_MARKERS[number % len(SERIES)]],
+                color=COLOURS[SERIES[number % len(SERIES)]][0],
+                alpha=0.6,
+                linewidths=0,
+                rasterized=True,
+                label=_plain(_shorten(name)),
+            )
+        ax.set_title("embed" if layer < 0 else f"layer {layer}", fontsize=10, color=INK)
+        _frame(ax, results.shares(method, (layer, position)))
+    for ax in axes.flat[len(layers) :]:
+        ax.set_visible(False)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    legend = figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=_n_columns(figure, labels),
+        fontsize=9,
+        frameon=False,
+        labelcolor=INK,
+        markerscale=2,
+    )
+    for handle in legend.legend_handles:
+        if handle is not None:
+            handle.set_alpha(1.0)
+    title = f"{METHODS[method]}, position {position}"
+    figure.suptitle(_plain(_shorten(title, 60)), fontsize=11, color=INK)
+    return figure
+
+
+def _frame(ax: Axes, shares: tuple[float, float] | None) -> None:
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set_color(GRID)
+    ax.set_aspect("equal", adjustable="datalim")
+    if shares:
+        ax.set_xlabel(f"PC1, {shares[0]:.0%}", fontsize=8, color=INK)
+        ax.set_ylabel(f"PC2, {shares[1]:.0%}", fontsize=8, color=INK)
+
+
+def choose_layers(layers: Sequence[int], best: int, most: int) -> list[int]:
+    """Return up to `most` layers, evenly spread, first, last and best among them."""
+    if len(layers) <= most:
+        return list(layers)
+    spread = [layers[i] for i in np.linspace(0, len(layers) - 1, most).round().astype(int)]
+    if best in layers and best not in spread:
+        spread[min(range(1, most - 1), key=lambda i: abs(spread[i] - best))] = best
+    return spread
+
+
+def draw_all(results: Results) -> dict[str, Figure]:
+    """Return every figure that the results give, by the stem of its file name."""
+    single: dict[str, Callable[[Results], Figure | None]] = {
+        "curves": draw_curves,
+        "map": draw_map,
+        "differences": draw_differences,
+        "separability": draw_separability,
+    }
+    made = {name: draw(results) for name, draw in single.items()}
+    figures = {name: figure for name, figure in made.items() if figure is not None}
+    for method, position in results.figure_maps:
+        figures[f"{method}-{position}"] = draw_projection(results, method, position)
+    return figures
 
 
 def _name_ticks(axis: Axis, names: list[str], most: int) -> None:
@@ -242,6 +327,11 @@ def _name_ticks(axis: Axis, names: list[str], most: int) -> None:
     axis.set_ticks(list(ticks), [names[tick] for tick in ticks])
 
 
+def _shorten(text: str, most: int = 24) -> str:
+    return text if len(text) <= most else text[: most - 2] + "…"
+
+
 def _plain(text: str) -> str:
-    """Return text that matplotlib does not take for mathematics."""
-    return text.replace("$", r"\$")
+    """Return text that matplotlib does not take for mathematics, nor hides from a legend."""
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text

@@ -24,8 +24,9 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from mmextract.probes.comparison import OtherStore
-from mmextract.probes.figures import Look, draw, save
-from mmextract.probes.report import render
+from mmextract.probes.description import Description
+from mmextract.probes.pictures import make_pictures
+from mmextract.probes.results import PROJECTIONS, Results
 from mmextract.probes.rows import COLUMNS, Row
 from mmextract.probes.summary import Summary
 from mmextract.probes.tasks import SHUFFLES
@@ -33,7 +34,7 @@ from mmextract.probes.tasks import SHUFFLES
 FORMAT = 2
 """Of probe.json. 2: p-values, errors, calibration, comparisons; intervals by the jackknife."""
 
-PACKAGES = ("mmextract", "numpy", "scipy", "scikit-learn", "dask", "zarr", "pyarrow", "matplotlib")
+PACKAGES = ("mmextract", "numpy", "scipy", "scikit-learn", "dask", "zarr", "pyarrow", "matplotlib", "plotly")
 
 FILES = (
     "probe.csv",
@@ -41,10 +42,12 @@ FILES = (
     "scores.parquet",
     "curves.png",
     "curves.svg",
+    "curves.pdf",
     "report.html",
     "probe.json",
 )
-"""In the order in which they are put in place: where probe.json is, the others are of the same run."""
+"""Those of every run, in the order in which they are put in place: where probe.json is, the others are of the same run.
+There are more where there is more to show: projections.parquet, separability.csv and .parquet, and their figures."""
 
 SCORE_COLUMNS = {
     "sample": "id of the sample in the store",
@@ -85,23 +88,40 @@ _SCHEMA = pa.schema(
 )
 
 
-def write_outputs(summary: Summary, record: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write all FILES into `folder` and return their paths. record: see `make_record`.
+def write_outputs(
+    summary: Summary, record: Mapping[str, Any], folder: Path, description: Description | None = None
+) -> list[Path]:
+    """Write all FILES into `folder` and return their paths. record: see `make_record`; description: the same as there.
 
     Raises OSError if the folder cannot be written; then no file was replaced.
     """
+    folder.mkdir(parents=True, exist_ok=True)  # before the figures, which take seconds
     table = make_table(summary.rows)
-    figure = draw(summary, Look())
+    projections = description.projections if description else None
     contents = {
         "probe.csv": _csv(table),
         "probe.parquet": _parquet(table),
         "scores.parquet": _parquet(make_score_table(summary)),
-        "curves.png": save(figure, "png"),
-        "curves.svg": save(figure, "svg"),
-        "report.html": render(summary, record).encode(),
+        **_describing_files(description),
+        **make_pictures(Results(record, projections)),
         "probe.json": (json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode(),
     }
-    return _replace_all(folder, {name: contents[name] for name in FILES})
+    return _replace_all(folder, contents)
+
+
+def _describing_files(description: Description | None) -> dict[str, bytes]:
+    """Return the tables of a description, of those that it has."""
+    files: dict[str, bytes] = {}
+    if description and (table := description.table()) is not None:
+        files |= {"separability.csv": _csv(table), "separability.parquet": _parquet(table)}
+    if description and description.projections is not None:
+        files[PROJECTIONS] = _parquet(description.projections)
+    return files
+
+
+def write_pictures(results: Results, folder: Path) -> list[Path]:
+    """Write the figures and the report of results into `folder` and return their paths. Raises OSError."""
+    return _replace_all(folder, make_pictures(results))
 
 
 def write_tables(rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -110,16 +130,18 @@ def write_tables(rows: Sequence[Row], folder: Path) -> list[Path]:
     return _replace_all(folder, {"probe.csv": _csv(table), "probe.parquet": _parquet(table)})
 
 
-def make_record(summary: Summary, command: str) -> dict[str, Any]:
+def make_record(summary: Summary, command: str, description: Description | None = None) -> dict[str, Any]:
     """Return everything about the run, JSON-able: what was found, from what, how, with which versions.
 
-    command: what the user ran, to be written down.
+    command: what the user ran, to be written down. description: how the states lie, if that was looked at.
     """
     plan, design = summary.plan, summary.plan.design
     n_in_class = np.bincount(design.y, minlength=len(design.classes)).tolist()
     return {
         "format": FORMAT,
         "headline": summary.headline,
+        "statement": summary.statement,
+        "qualification": summary.qualification,
         "warnings": summary.warnings,
         "notes": list(design.notes),
         "best": asdict(summary.best),
@@ -167,6 +189,7 @@ def make_record(summary: Summary, command: str) -> dict[str, Any]:
         "columns": dict(COLUMNS),
         "score_columns": dict(SCORE_COLUMNS),
         "rows": [_finite(asdict(row)) for row in summary.rows],
+        **(description.entries() if description else {}),
     }
 
 

@@ -11,7 +11,7 @@ from tests.cli.conftest import Ran
 from tests.probes.stores import make_paired_store
 
 Run = Callable[..., Ran]
-QUICK = ("--c", 0.1, "--repeats", 1, "--permutations", 0)
+QUICK = ("--c", 0.1, "--repeats", 1, "--permutations", 0, "--projections", "none", "--no-separability")
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,16 @@ def test_with_no_arguments_it_reads_activations_zarr_and_writes_probe(
         ".parquet",
         ".png",
         ".svg",
+        ".pdf",
         ".html",
     }
+    made = {path.name for path in Path("probe").iterdir()}
+    assert {"separability.parquet", "projections.parquet", "pca-image.pdf", "tsne-image.png"} <= made
+    page = Path("probe/report.html").read_bytes()
+    Path("probe/report.html").unlink()
+    ran = run("report")
+    assert ran.code == 0 and ran.out == "Report: probe/report.html\n", ran.err
+    assert Path("probe/report.html").read_bytes() == page
 
 
 def test_json_on_stdout_is_all_that_is_printed_there(run: Run, store: Path, tmp_path: Path) -> None:
@@ -51,7 +59,7 @@ def test_json_on_stdout_is_all_that_is_printed_there(run: Run, store: Path, tmp_
 def test_the_published_protocol_is_a_preset_and_leaves_no_choice(
     run: Run, store: Path, tmp_path: Path
 ) -> None:
-    ran = run("probe", store, "--preset", "paper", "-o", tmp_path, "--json")
+    ran = run("probe", store, "--preset", "paper", "--projections", "none", "-o", tmp_path, "--json")
     assert ran.code == 0 and {row["metric"] for row in json.loads(ran.out)["rows"]} == {"accuracy"}
     for given in (
         ("--folds", 3),
@@ -100,6 +108,7 @@ def test_decisions_taken_for_the_user_are_said_on_stderr(run: Run, store: Path, 
         (("--where", "import os"), "cannot read the filter"),
         (("--layers", "9"), "layer 9 is out of range"),
         (("--position", "prompt"), "it has last, image"),
+        (("--projections", "pcs"), "expected projections out of pca, tsne, umap"),
         (("--label", "identity_set,colour"), "no column 'colour'"),
         (("--permutations", "5"), "at least 19"),
         (("--compare", "none.zarr"), "mmextract dump"),
@@ -150,6 +159,20 @@ def test_two_stores_are_compared(run: Run, store: Path, tmp_path: Path) -> None:
 )
 def test_a_wrong_option_is_a_usage_error(run: Run, store: Path, arguments: tuple[str, ...]) -> None:
     assert run("probe", store, *arguments).code == 2
+
+
+def test_nothing_is_described_that_was_not_asked_for(run: Run, store: Path, tmp_path: Path) -> None:
+    ran = run("probe", store, *QUICK, "--layers", 0, "--position", "image", "-o", tmp_path / "out")
+    assert ran.code == 0, ran.err
+    made = {path.name for path in (tmp_path / "out").iterdir()}
+    assert not [
+        name for name in made if name.startswith(("separability", "pca", "tsne", "projections", "map"))
+    ]
+
+
+def test_a_folder_without_a_run_has_no_report(run: Run, tmp_path: Path) -> None:
+    ran = run("report", tmp_path)
+    assert ran.code == 1 and "mmextract probe" in ran.err and "Traceback" not in ran.err
 
 
 def test_a_store_that_is_not_there_says_how_to_make_one(run: Run, tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from mmextract.probes.description import Description, DescriptionSettings, describe
+from mmextract.probes.outputs import make_record, write_outputs
 from mmextract.probes.run import plan_probe, run_probe
 from mmextract.probes.settings import ProbeSettings
 from mmextract.probes.summary import Summary
@@ -38,3 +40,17 @@ def summary(store: Path) -> Summary:
 def paper_summary(store: Path) -> Summary:
     """A run of the published protocol."""
     return summarise(store, preset="paper")
+
+
+@pytest.fixture(scope="session")
+def description(summary: Summary) -> Description:
+    """Separability and projections of that run."""
+    return describe(summary.plan, DescriptionSettings(n_shuffles=19), (1, "image"))
+
+
+@pytest.fixture(scope="session")
+def folder(summary: Summary, description: Description, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What that run leaves behind."""
+    out = tmp_path_factory.mktemp("out") / "probe"
+    write_outputs(summary, make_record(summary, "mmextract probe x", description), out, description)
+    return out

@@ -14,13 +14,6 @@ from mmextract.probes.rows import COLUMNS
 from mmextract.probes.summary import Summary
 
 
-@pytest.fixture(scope="module")
-def folder(summary: Summary, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("out") / "probe"
-    write_outputs(summary, make_record(summary, "mmextract probe x"), out)
-    return out
-
-
 def read_json(folder: Path) -> dict[str, Any]:
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is no JSON")
@@ -31,7 +24,10 @@ def read_json(folder: Path) -> dict[str, Any]:
 
 
 def test_all_files_are_written_and_no_others(folder: Path) -> None:
-    assert {path.name for path in folder.iterdir()} == set(FILES)
+    figures = ("map", "separability", "pca-image", "tsne-image")
+    more = {f"{name}.{kind}" for name in figures for kind in ("png", "svg", "pdf")}
+    tables = {"separability.csv", "separability.parquet", "projections.parquet"}
+    assert {path.name for path in folder.iterdir()} == {*FILES, *more, *tables}
 
 
 def test_json_csv_and_parquet_say_the_same(folder: Path, summary: Summary) -> None:
@@ -100,9 +96,9 @@ def test_a_second_run_replaces_the_first(folder: Path, summary: Summary, tmp_pat
     for name in FILES:
         (tmp_path / name).write_text("old")
     write_outputs(summary, make_record(summary, "mmextract probe x"), tmp_path)
-    for name in ("probe.csv", "probe.parquet", "scores.parquet", "curves.svg", "curves.png"):
+    for name in ("probe.csv", "probe.parquet", "scores.parquet", "curves.svg", "curves.png", "curves.pdf"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+    assert not [path for path in tmp_path.iterdir() if path.read_bytes() == b"old"]
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(summary: Summary, tmp_path: Path) -> None:
