@@ -1,10 +1,13 @@
 """What a dump of 10^6 and 10^8 samples would cost besides its model: `python benchmarks/bench_scale.py`.
 
-The real store and resume code, with states that no model made, runs at growing numbers of shards, each size in a
-process of its own; a straight line through its figures says what one shard and one row cost. Shards are tiny and lie
-in --folder, by default in memory where there is any, so that the number of shards is what grows; what a disk's flush
-adds is measured beside it, in --disk. The rows of a plan, the tasks of dask.distributed and a whole dump on a dask
-worker, of a tiny model, are measured too. Costs at 10^6 and 10^8 samples are computed from these, and said to be.
+The real store and resume code, with states that no model made, runs at growing numbers of shards and of rows, each
+size in a process of its own. Non-negative least squares on the relative errors say what a run, a shard and a row cost,
+and how far the fit is from what was measured. Shards are tiny and lie in --folder, by default in memory where there is
+any, so that their number is what grows; what a disk's flush adds is measured beside it, in --disk. The rows of a plan,
+the tasks of dask.distributed and a whole dump on a dask worker, of a tiny model, are measured too.
+
+Whatever is said of 10^6 and 10^8 samples is computed from these fits: nothing of that size was run, and no model's or
+network's time, and no disk's bandwidth, is in it.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +35,56 @@ LAYERS, HIDDEN_SIZE, SHARD_BYTES = 33, 4096, 64 << 20
 OBJECTS_A_SHARD = 3
 """States, record and digest; a shard with rejected rows has one more."""
 TARGETS = (10**6, 10**8)
+ROWS_A_SHARD = (1, 100)
+"""Two, so that the cost of a shard can be told from that of a row."""
+STEPS = ("create", "write", "resume", "finalise", "finished")
+LIMITS = {"launcher_bytes": 64 << 30, "resume_seconds": 3600.0, "scheduler_seconds": 86_400.0}
+"""What a machine has, and what a run of weeks can bear: 64 GiB of memory, an hour to be taken up again, a day."""
 
 
-def run_store(n_shards: int, base: Path) -> dict[str, Any]:
-    """Write, resume and finish a store of one sample a shard, in a process of its own."""
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """What something costs, by a plane through measurements, and how far they lie from it."""
+
+    constant: float
+    a_shard: float
+    a_row: float
+    residual: float
+    """The largest distance of a measurement from the plane, by the measurement."""
+
+    def at(self, n_shards: float, n_rows: float) -> float:
+        """Return the cost of so many."""
+        return self.constant + self.a_shard * n_shards + self.a_row * n_rows
+
+
+def run_store(n_rows: int, rows_a_shard: int, base: Path) -> dict[str, Any]:
+    """Write, resume and finish a store, in a process of its own."""
     with tempfile.TemporaryDirectory(dir=base) as folder:
-        command = [sys.executable, str(SCALE), folder, str(n_shards)]
+        command = [sys.executable, str(SCALE), folder, str(n_rows), "--shard-samples", str(rows_a_shard)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    return {"n_rows": n_rows, "rows_a_shard": rows_a_shard, **found}
+
+
+def fit_plane(shards: Sequence[int], rows: Sequence[int], values: Sequence[float]) -> Fit:
+    """Fit constant + shards + rows, none of them negative, to values > 0, so that relative errors are least."""
+    from scipy.optimize import nnls
+
+    measured = np.asarray(values, float)
+    terms = np.stack([np.ones(len(shards)), shards, rows], 1).astype(float)
+    scale = np.maximum(terms.max(0), 1)
+    solved, _ = nnls(terms / scale / measured[:, None], np.ones(len(measured)))
+    costs = solved / scale
+    residual = float(np.abs(terms @ costs / measured - 1).max())
+    return Fit(constant=costs[0], a_shard=costs[1], a_row=costs[2], residual=residual)
+
+
+def fit_store(found: Sequence[Mapping[str, Any]]) -> dict[str, Fit]:
+    """Return what the steps of a store cost in seconds, and what its run holds in memory, in bytes."""
+    shards, rows = [run["n_shards"] for run in found], [run["n_rows"] for run in found]
+    fits = {name: fit_plane(shards, rows, [run[f"{name}_seconds"] for run in found]) for name in STEPS}
+    grown = [max(1, run["after_bytes"] - run["before_bytes"]) for run in found]
+    return {**fits, "store memory": fit_plane(shards, rows, grown)}
 
 
 def time_tasks(n_tasks: int) -> float:
@@ -62,8 +107,8 @@ def time_tasks(n_tasks: int) -> float:
         return time.perf_counter() - started
 
 
-def compare_with_cluster(n_shards: int, base: Path) -> float:
-    """Return how many times as long as in this process a dump of a tiny model takes on one dask worker."""
+def compare_with_cluster(n_shards: int, base: Path) -> dict[str, float]:
+    """Return seconds of a dump of a tiny model in this process, and on one dask worker."""
     from mmextract.engine.distributed import plan_distributed, run_distributed
     from tests.engine.cluster_runs import dump_here, local_cluster, make_spec, write_data
     from tests.engine.tiny_models import save_text_model
@@ -74,78 +119,54 @@ def compare_with_cluster(n_shards: int, base: Path) -> float:
         here = dump_here(spec, folder / "here.zarr").seconds
         with local_cluster(1) as client:
             there = run_distributed(plan_distributed(spec, client), client, folder / "there.zarr").seconds
-    return there / here
+    return {"shards": n_shards, "here_seconds": here, "there_seconds": there}
 
 
-def measure_rows(n_rows: int) -> float:
-    """Return the bytes a row that a plan holds: samples, rows and columns."""
+def measure_rows(n_rows: int, base: Path) -> dict[str, float]:
+    """Read a data set of questions about images, and make rows and columns of it; returns bytes held, and at most."""
     import tracemalloc
 
-    from mmextract.engine.conversations import Turn
     from mmextract.engine.rows import make_columns, make_rows
-    from mmextract.engine.samples import Dataset, Sample
+    from mmextract.engine.samples import read_samples
 
-    tracemalloc.start()
-    samples = [
-        Sample(
-            id=f"images/{number:09}.jpg",
-            image=None,
-            turns=(Turn(role="user", text=f"What is in picture {number}?"),),
-            answer=f"answer {number}",
-            columns={},
-        )
-        for number in range(n_rows)
-    ]
-    rows = make_rows(Dataset(samples=samples, format="jsonl", source="", fingerprint=""), None)
-    columns = make_columns(rows, None)
-    held, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
+    with tempfile.TemporaryDirectory(dir=base) as folder:
+        (Path(folder) / "train").mkdir()
+        (Path(folder) / "train/000000000.jpg").touch()  # a data set with none of its images is refused
+        file = Path(folder) / "data.jsonl"
+        with file.open("w") as lines:
+            for n in range(n_rows):
+                row = {"id": f"q{n}", "image": f"train/{n:09}.jpg", "question": f"What is in picture {n}?"}
+                lines.write(json.dumps({**row, "answer": f"answer {n}"}) + "\n")
+        tracemalloc.start()
+        rows = make_rows(read_samples(file), None)
+        columns = make_columns(rows, None)
+        held, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
     assert len(columns["sample"]) == n_rows
-    return held / n_rows
+    return {"rows": n_rows, "held_bytes": held, "most_bytes": most}
 
 
-def slope(sizes: Sequence[int], values: Sequence[float]) -> float:
-    """Return the cost of one more, from a straight line through measurements, weighted to fit small sizes as well."""
-    if len(sizes) == 1:
-        return values[0] / sizes[0]
-    return float(max(0.0, np.polyfit(sizes, values, 1, w=1 / np.asarray(sizes))[0]))
-
-
-def fit(
-    found: Mapping[int, Mapping[str, Any]], on_disk: Mapping[str, Any], n_on_disk: int
+def extrapolate(
+    n_rows: int, fits: Mapping[str, Fit], task: float, flush: float, row_bytes: float
 ) -> dict[str, float]:
-    """Return what one shard and one row cost."""
-    sizes = sorted(found)
-    costs = {
-        f"{name}_a_shard": slope(sizes, [found[n][f"{name}_seconds"] for n in sizes])
-        for name in ("write", "resume", "finalise", "finished")
-    }
-    costs["write_on_disk_a_shard"] = on_disk["write_seconds"] / n_on_disk
-    grown = [found[n]["after_bytes"] - found[n]["before_bytes"] for n in sizes]
-    costs["store_bytes_a_shard"] = slope(sizes, grown)  # that of its one row in it
-    return costs
-
-
-def extrapolate(n_samples: int, costs: Mapping[str, float]) -> dict[str, float]:
     """Compute what so many samples of a real size cost."""
     sample_bytes = LAYERS * HIDDEN_SIZE * 4
-    n_shards = -(-n_samples // (SHARD_BYTES // sample_bytes))
+    n_shards = -(-n_rows // (SHARD_BYTES // sample_bytes))
+    steps = {f"{name}_seconds": fits[name].at(n_shards, n_rows) for name in STEPS}
     return {
-        "samples": n_samples,
-        "bytes": n_samples * sample_bytes,
+        "samples": n_rows,
+        "bytes": n_rows * sample_bytes,
         "shards": n_shards,
         "objects": OBJECTS_A_SHARD * n_shards,
-        "store_seconds": n_shards * costs["write_a_shard"],
-        "flush_seconds": n_shards * max(0.0, costs["write_on_disk_a_shard"] - costs["write_a_shard"]),
-        "scheduler_seconds": n_shards * costs["task"],
-        "resume_seconds": n_shards * costs["resume_a_shard"],
-        "finalise_seconds": n_shards * costs["finalise_a_shard"],
-        "client_bytes": n_samples * costs["plan_bytes_a_row"] + n_shards * costs["store_bytes_a_shard"],
+        **steps,
+        "flush_seconds": n_shards * flush,
+        "scheduler_seconds": n_shards * task,
+        "launcher_bytes": n_rows * row_bytes + fits["store memory"].at(n_shards, n_rows),
     }
 
 
 def main() -> None:
-    """Measure, fit, and print both."""
+    """Measure, fit, compute, and print all three."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, nargs="+", default=[10**3, 10**4, 10**5])
     shared = Path("/dev/shm")
@@ -155,83 +176,142 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=5000, help="empty ones, of dask.distributed")
     parser.add_argument("--shards", type=int, default=500, help="shards of the run on a dask cluster")
     parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--markdown", action="store_true", help="print the README's table, too")
     arguments = parser.parse_args()
-    found = {n: run_store(n, arguments.folder) for n in sorted(arguments.samples)}
-    smallest = min(found)
-    costs = fit(found, run_store(smallest, arguments.disk), smallest)
-    costs["task"] = time_tasks(arguments.tasks) / arguments.tasks
+    sizes = sorted(arguments.samples)
+    started = time.monotonic()
+    found = [run_store(n, each, arguments.folder) for each in ROWS_A_SHARD for n in sizes]
+    fits = fit_store(found)
+    on_disk = run_store(sizes[0], 1, arguments.disk)
+    flush = max(0.0, (on_disk["write_seconds"] - found[0]["write_seconds"]) / on_disk["n_shards"])
+    tasks = {n: time_tasks(n) for n in (max(1, arguments.tasks // 5), arguments.tasks)}
+    few, many = tasks
+    task = (tasks[many] - tasks[few]) / (many - few)
+    rows = [measure_rows(n, arguments.folder) for n in sizes]
+    row_bytes = max(run["most_bytes"] for run in rows[-1:]) / rows[-1]["rows"]
+    targets = [extrapolate(n, fits, task, flush, row_bytes) for n in TARGETS]
     cluster = compare_with_cluster(arguments.shards, arguments.folder)
-    costs["plan_bytes_a_row"] = measure_rows(min(max(found), 10**5))
-    targets = {str(n): extrapolate(n, costs) for n in TARGETS}
-    _print(found, costs, targets)
-    print(
-        f"A dump of {arguments.shards} small shards on one dask worker took {cluster:.2f} × as long as in one process."
-    )
-    measured = {str(n): values for n, values in found.items()}
-    save(
-        arguments.json,
-        {"measured": measured, "cluster_over_here": cluster, "fitted": costs, "computed": targets},
+    results = {
+        "measured": found,
+        "measured on disk": on_disk,
+        "tasks": {str(n): seconds for n, seconds in tasks.items()},
+        "rows": rows,
+        "cluster": cluster,
+        "fitted": {name: vars(fit) for name, fit in fits.items()},
+        "fitted besides": {"task_seconds": task, "flush_seconds": flush, "row_bytes": row_bytes},
+        "computed": targets,
+        "breaks first": first_to_break(targets[-1]),
+        "seconds": time.monotonic() - started,
+    }
+    _print(results, fits)
+    if arguments.markdown:
+        print(markdown(targets))
+    save(arguments.json, results)
+
+
+def first_to_break(target: Mapping[str, float]) -> str:
+    """Say what of a run is furthest beyond its limit, and from how many samples on it is."""
+    name = max(LIMITS, key=lambda name: target[name] / LIMITS[name])
+    times = target[name] / LIMITS[name]
+    said = {
+        "launcher_bytes": f"the launcher, which holds every row, needs {target[name] / 1e9:.0f} GB of memory",
+        "resume_seconds": f"taking the run up again takes {_time(target[name])}",
+        "scheduler_seconds": f"the scheduler is busy for {_time(target[name])}",
+    }[name]
+    if times <= 1:
+        return f"At {target['samples']:.0e} samples nothing is beyond its limit; nearest to it: {said}."
+    return (
+        f"At {target['samples']:.0e} samples {said}, {times:.1f} × its limit: that breaks first, at about "
+        f"{target['samples'] / times:.0e} samples."
     )
 
 
-def _print(
-    found: Mapping[int, Mapping[str, Any]],
-    costs: Mapping[str, float],
-    targets: Mapping[str, Mapping[str, float]],
-) -> None:
-    names = ("create", "write", "resume", "finalise", "finished")
+def markdown(targets: Sequence[Mapping[str, float]]) -> str:
+    """Return the table of the README."""
+    lines: Mapping[str, Sequence[str]] = {
+        "states, float32 before compression": [f"{t['bytes'] / 1e12:.1f} TB" for t in targets],
+        "shards of 64 MiB; objects": [f"{t['shards']:,}; {t['objects']:,}" for t in targets],
+        "our own time beside the model's, shards written": [
+            _time(t["write_seconds"] + t["flush_seconds"]) for t in targets
+        ],
+        "scheduler's time, all tasks": [_time(t["scheduler_seconds"]) for t in targets],
+        "create; resume; finalise": [
+            "; ".join(_time(t[f"{name}_seconds"]) for name in ("create", "resume", "finalise"))
+            for t in targets
+        ],
+        "launcher's memory": [f"{t['launcher_bytes'] / 1e9:.3g} GB" for t in targets],
+    }
+    head = [
+        f"| | {' | '.join(format(t['samples'], '.0e') + ' samples' for t in targets)} |",
+        "|---|" + "---|" * len(targets),
+    ]
+    body = [f"| {name} | {' | '.join(cells)} |" for name, cells in lines.items()]
+    return "\n".join([*head, *body, "", first_to_break(targets[-1])])
+
+
+def _time(seconds: float) -> str:
+    for limit, unit, size in ((120, "s", 1), (7200, "min", 60)):
+        if seconds < limit:
+            return f"{seconds / size:.2g} {unit}"
+    return f"{seconds / 3600:.2g} h"
+
+
+def _print(results: Mapping[str, Any], fits: Mapping[str, Fit]) -> None:
     show(
-        "measured: seconds of a store of one sample a shard",
-        ("shards", *names, "MiB at the first tenth", "MiB at the last"),
+        "measured: seconds of a store",
+        ("rows", "shards", *STEPS, "MiB at the first tenth", "MiB at the last"),
         [
             (
-                str(n),
-                *(float(values[f"{name}_seconds"]) for name in names),
-                *(values["resident_bytes"][at] / 2**20 for at in (0, -1)),
+                str(run["n_rows"]),
+                str(run["n_shards"]),
+                *(float(run[f"{name}_seconds"]) for name in STEPS),
+                *(run["resident_bytes"][at] / 2**20 for at in (0, -1)),
             )
-            for n, values in found.items()
+            for run in results["measured"]
         ],
     )
-    show("fitted to what was measured: the cost of one more", ("what", "cost"), list(costs.items()))
     show(
-        f"computed from the fits: {LAYERS} layers × {HIDDEN_SIZE}, float32 before compression, shards of 64 MiB",
+        "fitted: seconds, and bytes of memory, and how far the furthest measurement is from the fit",
+        ("what", "constant", "a shard", "a row", "residual"),
+        [(name, fit.constant, fit.a_shard, fit.a_row, f"{fit.residual:.0%}") for name, fit in fits.items()],
+    )
+    others, cluster = results["fitted besides"], results["cluster"]
+    flush = others["flush_seconds"] * 1e3
+    print(
+        f"An empty task costs {others['task_seconds'] * 1e3:.2f} ms, a shard on disk {flush:.2f} "
+        f"ms more than in memory, a row {others['row_bytes']:.0f} bytes at most. A dump of {cluster['shards']} small "
+        f"shards of a tiny model took {cluster['there_seconds']:.1f} s on one dask worker, "
+        f"{cluster['here_seconds']:.1f} s in one process."
+    )
+    show(
+        f"computed, not run: {LAYERS} layers × {HIDDEN_SIZE}, float32 before compression, shards of 64 MiB",
         (
             "samples",
             "TB",
             "objects",
-            "store h",
-            "flush h",
-            "scheduler h",
-            "resume s",
-            "finalise s",
-            "client GB",
+            "write",
+            "flush",
+            "scheduler",
+            "create",
+            "resume",
+            "finalise",
+            "launcher GB",
         ),
         [
             (
-                f"{n:.0e}",
+                f"{t['samples']:.0e}",
                 t["bytes"] / 1e12,
                 f"{t['objects']:,}",
-                *(t[f"{name}_seconds"] / 3600 for name in ("store", "flush", "scheduler")),
-                t["resume_seconds"],
-                t["finalise_seconds"],
-                t["client_bytes"] / 1e9,
+                *(
+                    _time(t[f"{name}_seconds"])
+                    for name in ("write", "flush", "scheduler", "create", "resume", "finalise")
+                ),
+                t["launcher_bytes"] / 1e9,
             )
-            for n, t in ((value["samples"], value) for value in targets.values())
+            for t in results["computed"]
         ],
     )
-    print(_first_to_break(targets[str(TARGETS[-1])]))
-
-
-def _first_to_break(target: Mapping[str, float]) -> str:
-    """Say what of the largest run is furthest beyond one machine."""
-    memory = target["client_bytes"] / (64 << 30)
-    hours = (target["store_seconds"] + target["scheduler_seconds"]) / 3600
-    return (
-        f"Computed, at {target['samples']:.0e} samples: the launching process holds every row and needs "
-        f"{target['client_bytes'] / 1e9:.0f} GB, {memory:.1f} × a machine of 64 GiB; listing {target['shards']:,.0f} "
-        f"commits takes {target['resume_seconds']:.0f} s, writing and scheduling them {hours:.1f} h beside the model. "
-        + ("Memory of the launcher breaks first." if memory > 1 else "The bytes themselves are what costs.")
-    )
+    print(results["breaks first"])
 
 
 if __name__ == "__main__":

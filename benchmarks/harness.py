@@ -21,6 +21,7 @@ PACKAGES = (
     "mmextract",
     "torch",
     "torchvision",
+    "triton",
     "transformers",
     "zarr",
     "numcodecs",
@@ -66,7 +67,7 @@ def alternate(
 
 
 def machine() -> dict[str, Any]:
-    """Return hardware and versions."""
+    """Return hardware and versions, None for what is not installed."""
     import torch
 
     found = {
@@ -78,7 +79,14 @@ def machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
     }
-    return found | {name: metadata.version(name) for name in PACKAGES}
+    return found | {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:

@@ -35,7 +35,9 @@ def _decoder(tokenizer: Any) -> dict[str, Any]:
 
 def save_llava(folder: Path) -> Path:
     """LLaVA-1.5: CLIP at 336 pixels and patches of 14 (576 image tokens), but 4 layers of width 128."""
-    tokenizer = make_tokenizer(["USER: ", " ASSISTANT:"])
+    images = hf.CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    processor = llava_processor(images)
+    tokenizer = processor.tokenizer
     torch.manual_seed(0)
     vision = hf.CLIPVisionConfig(
         hidden_size=128,
@@ -51,52 +53,59 @@ def save_llava(folder: Path) -> Path:
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     hf.LlavaForConditionalGeneration(config).save_pretrained(folder)
-    hf.LlavaProcessor(
-        image_processor=hf.CLIPImageProcessor(
-            size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
-        ),
-        tokenizer=tokenizer,
-        patch_size=14,
+    processor.save_pretrained(folder)
+    return folder
+
+
+def llava_processor(image_processor: Any, patch_size: int = 14) -> Any:
+    """Return LLaVA's processor around one for images, with a tokenizer of single letters."""
+    return hf.LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=make_tokenizer(["USER: ", " ASSISTANT:"]),
+        patch_size=patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(folder)
-    return folder
+    )
 
 
 def save_qwen2vl(folder: Path, max_image_tokens: int = 576) -> Path:
     """Qwen2-VL: images at their own resolution, patches of 14, four to a token, but 4 vision layers of width 128."""
-    # without the built-in tokenizer's own image token, which the processor would look for
-    words = make_tokenizer([]).backend_tokenizer
-    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
-    names = (
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|vision_start|>",
-        "<|vision_end|>",
-        "<|image_pad|>",
-        "<|video_pad|>",
+    processor, ids = qwen2vl_processor(
+        {"shortest_edge": 4 * 28 * 28, "longest_edge": max_image_tokens * 28 * 28}
     )
-    tokenizer.add_special_tokens({"additional_special_tokens": list(names)})
-    ids = dict(zip(names, tokenizer.convert_tokens_to_ids(list(names)), strict=True))
     torch.manual_seed(0)
     config = hf.Qwen2VLConfig(
         vision_config={"depth": 4, "embed_dim": 128, "hidden_size": 256, "num_heads": 4, "patch_size": 14},
         text_config={
-            **_decoder(tokenizer),
+            **_decoder(processor.tokenizer),
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
         },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
+        **ids,
     )
-    size = {"shortest_edge": 4 * 28 * 28, "longest_edge": max_image_tokens * 28 * 28}
     hf.Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
-    hf.Qwen2VLProcessor(
+    processor.save_pretrained(folder)
+    return folder
+
+
+def qwen2vl_processor(size: Any) -> tuple[Any, dict[str, int]]:
+    """Return Qwen2-VL's processor for images of this size, with a tokenizer of single letters, and its config's ids."""
+    # without the built-in tokenizer's own image token, which the processor would look for
+    words = make_tokenizer([]).backend_tokenizer
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+    names = {
+        "<|im_start|>": None,
+        "<|im_end|>": None,
+        "<|vision_start|>": "vision_start_token_id",
+        "<|vision_end|>": "vision_end_token_id",
+        "<|image_pad|>": "image_token_id",
+        "<|video_pad|>": "video_token_id",
+    }
+    tokenizer.add_special_tokens({"additional_special_tokens": list(names)})
+    processor = hf.Qwen2VLProcessor(
         image_processor=hf.Qwen2VLImageProcessor(size=size),
         tokenizer=tokenizer,
         video_processor=hf.Qwen2VLVideoProcessor(size=size),
         chat_template=QWEN_TEMPLATE,
-    ).save_pretrained(folder)
-    return folder
+    )
+    return processor, {key: tokenizer.convert_tokens_to_ids(name) for name, key in names.items() if key}

@@ -18,7 +18,7 @@ import rich_click as click
 from mmextract.cli.reporting import note
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, WorkerPlugin
     from distributed.deploy.cluster import Cluster
 
     from mmextract.engine.models import ModelSpec
@@ -68,11 +68,27 @@ def start(n_workers: int, model: ModelSpec) -> Iterator[Client]:
     with dask.config.set({"distributed.scheduler.allowed-failures": 5}), _start(n_workers, model) as cluster:
         from distributed import Client
 
-        from mmextract.engine.workers import IgnoreInterrupts
-
         with Client(cluster, set_as_default=False) as client:
-            client.register_plugin(IgnoreInterrupts())
+            client.register_plugin(_make_plugin())
             yield client
+
+
+def _make_plugin() -> WorkerPlugin:
+    """Return what leaves Ctrl-C, which a terminal sends to workers of its machine too, to the client, who ends them.
+
+    It goes to workers by value: one that gets no work, since all is done, imports nothing of ours for it.
+    """
+    from distributed import WorkerPlugin
+
+    class IgnoreInterrupts(WorkerPlugin):
+        name = "mmextract-ignore-interrupts"
+
+        def setup(self, worker: object) -> None:
+            import signal
+
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # dask calls this in the main thread
+
+    return IgnoreInterrupts()
 
 
 def _start(n_workers: int, model: ModelSpec) -> Cluster:

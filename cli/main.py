@@ -26,8 +26,12 @@ from mmextract.cli.probe import probe
 from mmextract.cli.report import report
 from mmextract.cli.verify import verify
 from mmextract.cli.watermark import watermark
+from mmextract.engine.interruptible import REQUESTS
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+SECONDS_FOR_SERVERS = 3.0
+"""How long a command that is asked to leave waits for servers yet, to end what it has begun."""
 
 
 def _load_config(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:
@@ -88,12 +92,15 @@ for command in (
 
 
 def _stop(signal_number: int, frame: FrameType | None) -> NoReturn:
+    REQUESTS.leave_within(SECONDS_FOR_SERVERS)
     raise KeyboardInterrupt
 
 
 def main() -> NoReturn:
     """Run the command line; a user's mistake is one message and an exit code, never a traceback."""
     signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have it ignored
+        signal.signal(signal.SIGINT, _stop)
     try:
         result = group.main(standalone_mode=False)
     except (click.Abort, KeyboardInterrupt):

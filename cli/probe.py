@@ -139,16 +139,15 @@ def probe(
     Writes probe.json, probe.csv, probe.parquet, scores.parquet, separability and projections, figures and report.html;
     with several labels into a folder each, and the tables of all of them beside those.
     """
+    from mmextract.probes import description, planning
     from mmextract.probes.cost import predict_seconds
-    from mmextract.probes.description import describe
     from mmextract.probes.outputs import make_record, write_outputs, write_tables
-    from mmextract.probes.planning import describe as describe_plan
     from mmextract.probes.run import plan_probe, run_probe
     from mmextract.probes.settings import ProbeSettings
     from mmextract.probes.summary import Summary
 
     _refuse_fixed(context, options["preset"])
-    as_json, dry_run, compared = options.pop("json"), options.pop("dry_run"), options.pop("compare")
+    as_json, compared, dry_run = options.pop("json"), options.pop("compare"), options.pop("dry_run")
     scheduler, scheduler_file = options.pop("scheduler"), options.pop("scheduler_file")
     positions, penalties = options.pop("position") or None, options.pop("c")
     wished = _read_description(options)
@@ -165,7 +164,7 @@ def probe(
         dict.fromkeys(text for plan in plans for text in plan.design.warnings),
     )
     if dry_run:
-        click.echo("\n\n".join(describe_plan(plan, workers, predict_seconds(plan)) for plan in plans))
+        click.echo("\n\n".join(planning.describe(plan, workers, predict_seconds(plan)) for plan in plans))
         return
     on_cluster = scheduler or scheduler_file
     with (
@@ -177,16 +176,18 @@ def probe(
             for plan in plans
         ]
         descriptions = [
-            describe(s.plan, wished, (s.best.layer, s.best.position), other=compared, client=client)
+            description.describe(
+                s.plan, wished, (s.best.layer, s.best.position), other=compared, client=client
+            )
             for s in summaries
         ]
     command = shlex.join(["mmextract", *sys.argv[1:]])
     texts, selections = [], {}
-    for name, summary, description in zip(labels, summaries, descriptions, strict=True):
+    for name, summary, described in zip(labels, summaries, descriptions, strict=True):
         folder = output / _name_folder(name) if len(labels) > 1 else output
         _announce((), summary.anomalies)
-        record = make_record(summary, command, description)
-        files = write_outputs(summary, record, folder, description)
+        record = make_record(summary, command, described)
+        files = write_outputs(summary, record, folder, described)
         texts.append(_text(summary, folder))
         selections[name] = _select(summary, record, files)
     if len(labels) > 1:

@@ -31,20 +31,22 @@ def verify(store: str, read_only: bool, threads: int | None, as_json: bool) -> i
     """Read all of STORE back and hold it against its digests; exit 1 if it is not whole.
 
     Every shard that is damaged is named, and so are metadata and columns. Then they are withdrawn: they count as not
-    written, and the same `mmextract dump` again writes them, and only them, anew.
+    written, and the same `mmextract dump` again writes them, and only them, anew. Nothing is withdrawn from a store
+    that a run is writing.
     """
+    from mmextract.engine.lease import StoreBusyError
     from mmextract.engine.verify import plan_verify, run_verify, withdraw
 
     started = time.perf_counter()
     plan = plan_verify(store)
     with progress_bar("verify", plan.n_checks, "objects") as advance:
         report = run_verify(plan, threads=threads, on_progress=advance)
-    withdrawn = bool(report.damage) and not read_only
+    withdrawn = False
     try:
-        if withdrawn:
-            withdraw(plan, report)
+        withdrawn = not read_only and withdraw(plan, report)
+    except StoreBusyError as error:
+        note(f"Error: nothing was withdrawn: {error}. When that run has ended, verify again")
     except OSError as error:
-        withdrawn = False
         note(f"Error: {store} cannot be written, so that nothing could be withdrawn: {error}")
     seconds = time.perf_counter() - started
     click.echo(

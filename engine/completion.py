@@ -27,12 +27,12 @@ def complete(writer: StoreWriter, compute: Compute) -> set[int]:
         lease.sweep(writer.objects)
         return committed
     with Lease(objects=writer.objects) as held:
-        writer = replace(writer, guard=held.check)
+        writer = replace(writer, guard=held.confirm)
         committed = writer.committed()  # another run may have gone on until now
         writer.sweep(committed)
         missing = [shard for shard in range(writer.layout.n_shards) if shard not in committed]
         if missing:
             compute(writer, missing, held)
-        held.check()
+        held.confirm()
         writer.finalise()
     return committed

@@ -5,6 +5,7 @@ This module knows nothing about objects or stores.
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,7 +82,10 @@ def make_folders(folder: Path, base: Path) -> list[Path]:
     for found in below[len(made) :]:
         _flush_name(found)
     for missing in reversed(made):
-        missing.mkdir(exist_ok=True)
+        try:
+            missing.mkdir(exist_ok=True)
+        except FileExistsError as error:  # it is there, and no folder
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(missing)) from error
     return [missing.parent for missing in made]
 
 

@@ -113,8 +113,13 @@ class Lease:
         assert self._renewer is not None
         self._ended.set()
         self._renewer.join()
-        if is_held(self.objects, self.owner):
-            self._release()
+        try:
+            if is_held(self.objects, self.owner):
+                self._release()
+        except (OSError, ValueError):
+            if kind is None:
+                raise
+            # what ended the run is what its user is to hear of; the lease ends with the process, or by its time
 
     @property
     def owner(self) -> str:
@@ -129,13 +134,21 @@ class Lease:
                 "one store; run the same command again to continue"
             )
 
+    def confirm(self) -> None:
+        """Do as `check` does, and look at the store: a run that slept, or whose disk is gone, commits nothing more."""
+        if not self._lost and not is_held(self.objects, self.owner):
+            self._lost = (
+                "its lease is not there any more (was the store moved or removed, or is its disk gone?)"
+            )
+        self.check()
+
     def _acquire(self) -> str:
         for _ in range(ATTEMPTS):
             chain = _chain(self.objects)
             if chain and not chain[-1].is_gone():
                 raise StoreBusyError(
-                    f"{self.objects.url} is being written by another run: {chain[-1]}. Wait for it, or give "
-                    "another -o"
+                    f"{self.objects.url} is being written by another run: {chain[-1]}. Wait for it, or use "
+                    "another store"
                 )
             key = _link(chain[-1] if chain else None)
             if self.objects.put_new(key, self._record()):

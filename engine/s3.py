@@ -17,7 +17,8 @@ for an answer 5xx, 429 or 408, a connection that is refused or broken, and a req
 AWS_TIMEOUT (60 s); waits double from 0.1 s to at most 10 s. What it does not dare to repeat, because it
 might have had an effect, and answers that break off are tried up to ATTEMPTS times within RETRY_SECONDS: all that is
 done here may be done twice. So no request takes longer than 2 × RETRY_SECONDS + AWS_TIMEOUT, 5 minutes, and a server
-that is down is told of within that. 403, 404 and 412 fail at once.
+that is down is told of within that. 403, 404 and 412 fail at once. All of it ends early when the process is asked to
+leave (see `interruptible`).
 
 This module knows nothing about arrays or shards.
 """
@@ -28,7 +29,16 @@ import ipaddress
 import os
 import re
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterator,
+    Mapping,
+    Sequence,
+    Set,
+)
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -45,10 +55,11 @@ from zarr.core.buffer import BufferPrototype
 from zarr.storage import ObjectStore
 
 from mmextract.engine.files import Buffer
+from mmextract.engine.interruptible import REQUESTS, LeavingError
 from mmextract.engine.s3_errors import Failure
 
 if TYPE_CHECKING:
-    from obstore import ObjectMeta
+    from obstore import Bytes, ObjectMeta
 
 Result = TypeVar("Result")
 
@@ -90,8 +101,13 @@ class S3Objects:
 
     def occupied(self) -> bool:
         """Tell whether any object is under the prefix."""
-        first = self._do("list", "", lambda: next(iter(obstore.list(self._store, chunk_size=1)), None))
-        return first is not None
+
+        async def request() -> bool:
+            async for _ in obstore.list(self._store, chunk_size=1):
+                return True
+            return False
+
+        return self._do("list", "", request)
 
     def create(self, objects: Mapping[str, bytes], last: str) -> None:
         """Write all of `objects`, each only where there is none yet, `last` after the others.
@@ -123,7 +139,7 @@ class S3Objects:
         must be like nobody else's.
         """
         try:
-            self._do("create", key, lambda: obstore.put(self._store, key, data, mode="create"))
+            self._do("create", key, lambda: obstore.put_async(self._store, key, data, mode="create"))
         except FileExistsError:
             return self.get(key) == data
         return True
@@ -139,8 +155,8 @@ class S3Objects:
         pieces = [memoryview(part).cast("B") for part in parts]
         whole = sum(map(len, pieces)) <= PART_BYTES
 
-        def request() -> None:
-            obstore.put(
+        async def request() -> None:
+            await obstore.put_async(
                 self._store,
                 key,
                 b"".join(pieces) if whole else iter(pieces),
@@ -159,20 +175,20 @@ class S3Objects:
     def get(self, key: str) -> bytes | None:
         """Return the bytes under `key`, or None if S3 says that there is no such object."""
         try:
-            return self._do("read", key, lambda: bytes(obstore.get(self._store, key).bytes()))
+            return bytes(self._do("read", key, lambda: self._fetch(key)))
         except FileNotFoundError:
             return None
 
     def read(self, key: str, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`, which counts from the end if negative."""
 
-        def request() -> bytes:
+        async def request() -> Bytes:
             if offset >= 0:
-                return bytes(obstore.get_range(self._store, key, start=offset, length=length))
-            result = obstore.get(self._store, key, options={"range": {"suffix": -offset}})
-            return bytes(result.bytes())[:length]
+                return await obstore.get_range_async(self._store, key, start=offset, length=length)
+            result = await obstore.get_async(self._store, key, options={"range": {"suffix": -offset}})
+            return await result.bytes_async()
 
-        data = self._do("read", key, request)
+        data = bytes(self._do("read", key, request))[:length]
         if len(data) < length:
             raise ValueError(f"{self.url}/{key} is cut short: it should hold {length} bytes at {offset}")
         return data
@@ -180,7 +196,7 @@ class S3Objects:
     def delete(self, key: str) -> None:
         """Remove an object; it is no error if there is none."""
         try:
-            self._do("delete", key, lambda: obstore.delete(self._store, key))
+            self._do("delete", key, lambda: obstore.delete_async(self._store, key))
         except FileNotFoundError as error:  # a server without bulk deletion says so, or one that is mistaken
             if self.get(key) is not None:
                 raise OSError(
@@ -189,13 +205,17 @@ class S3Objects:
 
     def list(self, prefix: str) -> Iterator[str]:
         """Yield the names of what is directly under `prefix`: objects, and prefixes of further ones."""
-        found = self._do("list", prefix, lambda: obstore.list_with_delimiter(self._store, prefix))
+        found = self._do("list", prefix, lambda: obstore.list_with_delimiter_async(self._store, prefix))
         for path in (*found["common_prefixes"], *(item["path"] for item in found["objects"])):
             yield path.rpartition("/")[2]
 
     def count_bytes(self, prefix: str) -> int:
         """Return the size of every object under `prefix`."""
-        return self._do("list", prefix, lambda: sum(item["size"] for item in self._walk(prefix)))
+
+        async def request() -> int:
+            return sum([item["size"] async for item in self._walk(prefix)])
+
+        return self._do("list", prefix, request)
 
     def to_zarr(self) -> ZarrStore:
         """Return the same objects as Zarr reads them; errors come out as clean as here."""
@@ -209,14 +229,18 @@ class S3Objects:
         retry: Any = {"max_retries": self.max_retries, "retry_timeout": limit, "backoff": backoff}
         return S3Store(bucket, prefix=prefix, client_options=_client_options(), retry_config=retry)
 
-    def _walk(self, prefix: str) -> Iterator[ObjectMeta]:
-        for some in obstore.list(self._store, prefix, chunk_size=1000):
-            yield from some
+    async def _fetch(self, key: str) -> Bytes:
+        return await (await obstore.get_async(self._store, key)).bytes_async()
 
-    def _keys_until_other_than(self, expected: Set[str]) -> set[str]:
+    async def _walk(self, prefix: str) -> AsyncIterator[ObjectMeta]:
+        async for some in obstore.list(self._store, prefix, chunk_size=1000):
+            for item in some:
+                yield item
+
+    async def _keys_until_other_than(self, expected: Set[str]) -> set[str]:
         """Return the keys that are there, up to the first that is not expected."""
         keys = set()
-        for item in self._walk(""):
+        async for item in self._walk(""):
             keys.add(item["path"])
             if item["path"] not in expected:
                 break
@@ -226,13 +250,13 @@ class S3Objects:
         """Write an object where there is none, or find it with the same bytes. Raises ValueError if it has others."""
         if not known and self.put_new(key, data):
             return
-        if self._do("read", key, lambda: bytes(obstore.get(self._store, key).bytes())) != data:
+        if bytes(self._do("read", key, lambda: self._fetch(key))) != data:
             raise ValueError(
                 f"{self.url} holds a {key} that this run would not write: another run is creating a store there, or "
                 "was interrupted while it did. Give another path, or remove what is there"
             )
 
-    def _do(self, deed: str, key: str, request: Callable[[], Result]) -> Result:
+    def _do(self, deed: str, key: str, request: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
         """Make a request, up to ATTEMPTS times.
 
         Raises FileNotFoundError if there is no such object, FileExistsError if there was to be none, ValueError for a
@@ -241,7 +265,9 @@ class S3Objects:
         latest = time.monotonic() + RETRY_SECONDS
         for attempt in range(ATTEMPTS):
             try:
-                return request()
+                return REQUESTS.wait_for(request)
+            except LeavingError as error:
+                raise LeavingError(f"{self.url}: cannot {deed} {key or 'it'}: {error}") from None
             except (BaseError, FileNotFoundError) as error:
                 failure = Failure.of(error)
             if not failure.worth_another_try or time.monotonic() > latest:

@@ -28,6 +28,7 @@ from mmextract.engine.integrity import (
     unfinish,
 )
 from mmextract.engine.layout import shard_keys
+from mmextract.engine.lease import Lease
 from mmextract.engine.objects import Objects, locate
 from mmextract.engine.store import read_attributes
 
@@ -149,21 +150,28 @@ def run_verify(
     )
 
 
-def withdraw(plan: VerifyPlan, report: Report) -> None:
+def withdraw(plan: VerifyPlan, report: Report) -> bool:
     """Make what is damaged count as not written, so that the same run writes it again; nothing else is touched.
 
     Digests of bad shards and damaged metadata and columns are deleted, and the store is no longer a finished one. A
-    damaged root stays, since there would be no store without it. Raises OSError if the store cannot be written.
+    damaged root stays, since there would be no store without it. This takes the store's lease, and then looks again at
+    what was damaged, which a run may have repaired meanwhile. Returns whether anything was withdrawn. Raises
+    StoreBusyError, with nothing changed, if a run is writing the store, OSError if it cannot be written.
     """
     if not report.damage:
-        return
-    if plan.finished and plan.identity.root is not None:
-        plan.objects.put(ROOT, [unfinish(plan.identity.root)])
-    for shard in report.bad_shards:
-        plan.objects.delete(f"shard_digest/c/{shard}")
-    for found in report.damage:
-        if found.shard is None and found.key != ROOT:
-            plan.objects.delete(found.key)
+        return False
+    with Lease(objects=plan.objects):
+        plan = plan_verify(plan.objects)
+        shards = [shard for shard in report.bad_shards if _check_shard(plan, shard)[0]]
+        found = {damage.key for damage in report.damage if damage.shard is None}
+        keys = [key for key in plan.keys if key in found and _check_key(plan, key)]
+        if plan.finished and plan.identity.root is not None and (shards or keys):
+            plan.objects.put(ROOT, [unfinish(plan.identity.root)])
+        for shard in shards:
+            plan.objects.delete(f"shard_digest/c/{shard}")
+        for key in keys:
+            plan.objects.delete(key)
+    return bool(shards or keys or _root_damage(plan))
 
 
 def _finished(identity: Identity) -> bool:

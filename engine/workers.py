@@ -8,7 +8,6 @@ to workers, nor about the client.
 from __future__ import annotations
 
 import platform
-import signal
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -67,16 +66,6 @@ class JobPlugin(WorkerPlugin):
     def teardown(self, worker: Worker) -> None:
         """Free the model."""
         _load.cache_clear()
-
-
-class IgnoreInterrupts(WorkerPlugin):
-    """Leaves Ctrl-C, which a terminal sends to the workers of its machine too, to the client, who ends them."""
-
-    name = "mmextract-ignore-interrupts"
-
-    def setup(self, worker: Worker) -> None:
-        """Take effect; dask calls this in the main thread."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def find_versions() -> dict[str, str]:

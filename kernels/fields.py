@@ -33,7 +33,11 @@ MASK_X = constant(22)  # column of the source where the mask's left edge falls
 MASK_Y = constant(23)
 COLOR = constant(24)  # red + 256·green + 65536·blue
 OPACITY = constant(25)
-N_FIELDS = constant(26)
+BACKGROUND = constant(26)  # colour of the canvas around the source, like COLOR
+N_FIELDS = constant(27)
 
 NAMES = tuple(name.lower() for name in list(globals()) if name.isupper())[:-1]
 """In the order of their columns."""
+
+TABLE_HEAD = constant(3)
+"""Numbers before the weights in a packed table's row: first source pixel, sum of the weights, outside weight."""

@@ -60,6 +60,16 @@ def scale_alpha(mask: Uint8Array, opacity: int) -> Uint8Array:
     return scaled.astype(np.uint8)
 
 
+def pad(
+    image: Uint8Array, canvas: tuple[int, int], corner: tuple[int, int], color: tuple[int, int, int]
+) -> Uint8Array:
+    """Lay uint8 [H, W, 3] on a canvas (height, width) of one colour, its top left corner at (top, left)."""
+    out = np.empty((*canvas, 3), np.uint8)
+    out[:] = color
+    out[corner[0] : corner[0] + image.shape[0], corner[1] : corner[1] + image.shape[1]] = image
+    return out
+
+
 def resize(image: Uint8Array, size: tuple[int, int], filter: Filter, mode: Mode) -> Uint8Array:
     """Resize uint8 [H, W, C] to (height, width) as Pillow or torchvision does; see `resample`.
 

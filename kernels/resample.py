@@ -114,15 +114,17 @@ def _weighted(filter: Filter, mode: Mode, n_in: int, n_out: int) -> Table:
     # `trunc` and not `floor`: C casts towards zero, which matters only where the clip follows anyway
     first = np.maximum(np.trunc(center - support + 0.5), 0)
     end = np.minimum(np.trunc(center + support + 0.5), n_in)
-    taps = np.arange(int((end - first).max()))
-    inside = taps < (end - first)[:, None]  # [n_out, n_taps]
+    taps = np.arange(int((end - first).max()))[:, None]
+    inside = taps < end - first  # [n_taps, n_out]
     # the operations and their order are C's: another order rounds differently
-    weights = function((taps + first[:, None] - center[:, None] + 0.5) * (1.0 / filter_scale)) * inside
-    total = np.cumsum(weights, axis=1)[:, -1:]  # one after the other; `sum` would add in pairs
+    weights = function((taps + first - center + 0.5) * (1.0 / filter_scale)) * inside
+    total = np.zeros(n_out)
+    for tap in weights:  # one after the other; `sum` would add in pairs
+        total += tap
     weights = np.divide(weights, total, out=weights, where=total != 0)
     bits = PILLOW_BITS if mode != "torchvision" else _int16_bits(float(weights.max()))
     fixed = np.trunc(np.copysign(0.5, weights) + weights * 2.0**bits).astype(np.int32)
-    return Table(starts=first.astype(np.int32), weights=fixed, bits=bits)
+    return Table(starts=first.astype(np.int32), weights=np.ascontiguousarray(fixed.T), bits=bits)
 
 
 def _int16_bits(largest: float) -> int:

@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 
 from mmextract.kernels import fields
-from mmextract.kernels.ragged import COLUMN_TILE, ROW_TILE, Ragged
+from mmextract.kernels.layout import COLUMN_TILE, ROW_TILE
+from mmextract.kernels.ragged import Ragged
 from mmextract.kernels.triton_support import jit, require_device, tl
 
 
@@ -44,6 +45,11 @@ def _blend(pixels, alpha, channel, image_ptr):  # type: ignore[no-untyped-def]
 
 
 @jit
+def _background(image_ptr, channel):  # type: ignore[no-untyped-def]
+    return (tl.load(image_ptr + fields.BACKGROUND).to(tl.int32) >> (8 * channel)) & 255
+
+
+@jit
 def _multiply(pixels, low, middle, high, low_sum, middle_sum, high_sum):  # type: ignore[no-untyped-def]
     signed = (pixels ^ 128).to(tl.int8, bitcast=True)  # the pixel less 128
     return (
@@ -54,8 +60,8 @@ def _multiply(pixels, low, middle, high, low_sum, middle_sum, high_sum):  # type
 
 
 @jit
-def _finish(low_sum, middle_sum, high_sum, correction, bits):  # type: ignore[no-untyped-def]
-    total = low_sum + (middle_sum << 8) + (high_sum << 16) + correction
+def _finish(low_sum, middle_sum, high_sum, rest, bits):  # type: ignore[no-untyped-def]
+    total = low_sum + (middle_sum << 8) + (high_sum << 16) + rest
     return tl.minimum(tl.maximum(total >> bits, 0), 255).to(tl.uint8)
 
 
@@ -85,7 +91,7 @@ def _resize_first_rows_kernel(  # type: ignore[no-untyped-def]
     column = tl.load(tile_ptr + 2) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS], of the output
     # past the last column its weights are repeated and not stored
     table_ptr = tables_ptr + tl.load(image_ptr + fields.FIRST_TABLE)
-    weights_at = tl.minimum(column, n_out - 1) * (taps + 2)
+    weights_at = tl.minimum(column, n_out - 1) * (taps + fields.TABLE_HEAD)
     start = tl.load(table_ptr + weights_at)  # [COLUMNS]
     begin = tl.min(start, axis=0)
     end = tl.minimum(tl.max(start, axis=0) + taps, width)
@@ -105,7 +111,7 @@ def _resize_first_rows_kernel(  # type: ignore[no-untyped-def]
         x = step + tl.arange(0, STEP)  # [STEP]
         tap = x[:, None] - start[None, :]  # [STEP, COLUMNS]
         used = (tap >= 0) & (tap < taps) & (x < end)[:, None]
-        weight = tl.load(table_ptr + (weights_at[None, :] + 2 + tap), mask=used, other=0)
+        weight = tl.load(table_ptr + (weights_at[None, :] + fields.TABLE_HEAD + tap), mask=used, other=0)
         low = weight.to(tl.int8)  # the lowest byte, signed
         rest = (weight - low) >> 8
         middle = rest.to(tl.int8)
@@ -126,13 +132,17 @@ def _resize_first_rows_kernel(  # type: ignore[no-untyped-def]
         blue_0, blue_1, blue_2 = _multiply(blue, low, middle, high, blue_0, blue_1, blue_2)
 
     correction = (tl.load(table_ptr + weights_at + 1) * 128 + (1 << (bits - 1)))[None, :]
+    outside = tl.load(table_ptr + weights_at + 2)[None, :]
+    red_rest = correction + outside * _background(image_ptr, 0)
+    green_rest = correction + outside * _background(image_ptr, 1)
+    blue_rest = correction + outside * _background(image_ptr, 2)
     stored = kept & (column < n_out)[None, :]
     plane = n_lines.to(tl.int64) * n_out
     out_ptr = middle_ptr + tl.load(image_ptr + fields.MIDDLE) + first_row.to(tl.int64) * n_out
     out_ptr += row * n_out + column[None, :]
-    tl.store(out_ptr, _finish(red_0, red_1, red_2, correction, bits), mask=stored)
-    tl.store(out_ptr + plane, _finish(green_0, green_1, green_2, correction, bits), mask=stored)
-    tl.store(out_ptr + 2 * plane, _finish(blue_0, blue_1, blue_2, correction, bits), mask=stored)
+    tl.store(out_ptr, _finish(red_0, red_1, red_2, red_rest, bits), mask=stored)
+    tl.store(out_ptr + plane, _finish(green_0, green_1, green_2, green_rest, bits), mask=stored)
+    tl.store(out_ptr + 2 * plane, _finish(blue_0, blue_1, blue_2, blue_rest, bits), mask=stored)
 
 
 @jit
@@ -163,16 +173,19 @@ def _resize_first_columns_kernel(  # type: ignore[no-untyped-def]
     byte = tl.load(tile_ptr + 2) * BYTES + tl.arange(0, BYTES)  # [BYTES], of a row
     kept = byte < line_bytes
     table_ptr = tables_ptr + tl.load(image_ptr + fields.FIRST_TABLE)
-    weights_at = tl.minimum(row, n_out - 1) * (taps + 2)
+    weights_at = tl.minimum(row, n_out - 1) * (taps + fields.TABLE_HEAD)
     start = tl.load(table_ptr + weights_at)  # [ROWS]
     begin = tl.min(start, axis=0)
     end = tl.minimum(tl.max(start, axis=0) + taps, height.to(tl.int32))
 
     mask_y, mask_height = tl.load(image_ptr + fields.MASK_Y), tl.load(image_ptr + fields.MASK_HEIGHT)
-    total = tl.zeros((ROWS, BYTES), tl.int32) + (1 << (bits - 1))
+    outside = tl.load(table_ptr + weights_at + 2)[:, None]  # [ROWS, 1]
+    total = outside * _background(image_ptr, byte % 3)[None, :] + (1 << (bits - 1))  # [ROWS, BYTES]
     for y in range(begin, end):
         tap = y - start
-        weight = tl.load(table_ptr + weights_at + 2 + tap, mask=(tap >= 0) & (tap < taps), other=0)  # [ROWS]
+        weight = tl.load(
+            table_ptr + weights_at + fields.TABLE_HEAD + tap, mask=(tap >= 0) & (tap < taps), other=0
+        )  # [ROWS]
         pixels = tl.load(packed_ptr + (source + y * pitch) + byte, mask=kept, other=0)
         if (y >= mask_y) & (y < mask_y + mask_height):
             x = line_start.to(tl.int32) + byte // 3

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from mmextract.kernels import fields
-from mmextract.kernels.ragged import SECOND_TILE, Ragged
+from mmextract.kernels.layout import SECOND_TILE
+from mmextract.kernels.ragged import Ragged
 from mmextract.kernels.resize_first import require_bytes
 from mmextract.kernels.triton_support import jit, require_device, tl
 
@@ -83,13 +84,14 @@ def _resize_second_kernel(  # type: ignore[no-untyped-def]
     shown = written & (along >= 0) & (along < second_out) & (across >= 0) & (across < first_out)
 
     line_ptr += middle_ptr + tl.load(image_ptr + fields.MIDDLE)
-    weights_ptr = tables_ptr + tl.load(image_ptr + fields.SECOND_TABLE) + along * (taps + 2)
+    weights_ptr = tables_ptr + tl.load(image_ptr + fields.SECOND_TABLE) + along * (taps + fields.TABLE_HEAD)
     start = tl.load(weights_ptr, mask=shown, other=0)
-    total = tl.zeros((BLOCK,), tl.int32) + (1 << (bits - 1))
+    background = (tl.load(image_ptr + fields.BACKGROUND).to(tl.int32) >> (8 * channel)) & 255
+    total = tl.load(weights_ptr + 2, mask=shown, other=0) * background + (1 << (bits - 1))
     for tap in range(TAPS):
         line = start + tap
         used = shown & (tap < taps) & (line < n_lines)
-        weight = tl.load(weights_ptr + 2 + tap, mask=used, other=0)
+        weight = tl.load(weights_ptr + fields.TABLE_HEAD + tap, mask=used, other=0)
         total += weight * tl.load(line_ptr + line * pitch, mask=used, other=0).to(tl.int32)
     level = tl.minimum(tl.maximum(total >> bits, 0), 255)
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from mmextract.engine.store import open_store
+from mmextract.probes import permutation
 from mmextract.probes.choice import choose
-from mmextract.probes.permutation import MOST_ELEMENTS as MOST_SHUFFLED
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -33,6 +33,8 @@ SLACK, SLACK_BYTES = 1.15, 16 << 20
 the figures were up to 13 % and 11 MiB short."""
 
 DOUBLE, SINGLE = 8, 4
+N_METRICS = 6
+"""Scores of a task, each with a deviation a group (`metrics`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,25 @@ def list_rounds(plan: ProbePlan) -> list[Round]:
     return rounds
 
 
+def list_tests(plan: ProbePlan) -> list[Round]:
+    """Return what the permutation tests of one layer and position take: a round a training set and batch of labels."""
+    settings, design = plan.settings, plan.design
+    if settings.preset == "paper" or not settings.n_permutations or not permutation.can_shuffle(design):
+        return []
+    first = list_rounds(plan)[0]
+    penalties = len(settings.test_penalties)
+    size = penalties * first.n_outputs * (design.n_samples + plan.hidden_size)
+    most = max(1, permutation.MOST_ELEMENTS // size)
+    labels = 1 + settings.n_permutations
+    batches = [min(most, labels - start) for start in range(0, labels, most)]
+    n_sets = int(plan.tasks[0].folds.max()) + 1
+    return [
+        replace(first, n_sets=1, n_labels=batch, n_penalties=penalties)
+        for batch in batches
+        for _ in range(n_sets)
+    ]
+
+
 def find_solver(plan: ProbePlan, n_rows: int) -> str:
     """Return the name of the solver of training sets of that size."""
     if plan.settings.preset == "paper":
@@ -98,7 +119,8 @@ def predict_task_bytes(plan: ProbePlan) -> int:
     n, d = plan.design.n_samples, plan.hidden_size
     held = DOUBLE * n * d
     reading = SINGLE * d * (plan.n_stored + n) + _chunk_bytes(plan)
-    rounds = max(_solving_bytes(plan, one) + _result_bytes(one, d) for one in list_rounds(plan))
+    tests = list_tests(plan)
+    rounds = max(_solving_bytes(plan, one) + _result_bytes(one, d) for one in (*list_rounds(plan), *tests))
     return int(SLACK * (held + max(reading, rounds, _scoring_bytes(plan)))) + SLACK_BYTES
 
 
@@ -151,13 +173,13 @@ def _solving_bytes(plan: ProbePlan, one: Round) -> int:
 
 
 def _scoring_bytes(plan: ProbePlan) -> int:
-    """Return what shuffled labels take: coefficients and decisions of as many as are fitted at once."""
-    settings, n_classes = plan.settings, len(plan.design.classes)
-    if settings.preset == "paper" or not settings.n_permutations:
+    """Return what scores take: decisions of all labels of a batch, and deviations by group of all shuffles."""
+    tests = list_tests(plan)
+    if not tests:
         return 0
-    n_outputs = len(settings.test_penalties) * (1 if n_classes == 2 else n_classes)
-    size = n_outputs * (plan.design.n_samples + plan.hidden_size)
-    return DOUBLE * 2 * min(MOST_SHUFFLED, size * (1 + settings.n_permutations))
+    decisions = tests[0].n_labels * tests[0].n_penalties * tests[0].n_outputs * plan.design.n_samples
+    deviations = (1 + plan.settings.n_permutations) * plan.design.n_groups
+    return DOUBLE * (3 * decisions + 3 * N_METRICS * deviations)
 
 
 def available_bytes() -> int:
@@ -200,7 +222,7 @@ def describe(plan: ProbePlan, workers: int, seconds: float) -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     rounds = list_rounds(plan)
     solvers = " and ".join(dict.fromkeys(find_solver(plan, one.n_rows) for one in rounds))
-    n_fits = sum(one.n_fits for one in rounds)
+    n_fits, n_tests = (sum(one.n_fits for one in some) for some in (rounds, list_tests(plan)))
     chosen = choose_workers(plan, workers, cores)
     layers = ", ".join("embed" if layer < 0 else str(layer) for layer in plan.layers)
     d, n = plan.hidden_size, plan.design.n_samples
@@ -210,7 +232,8 @@ def describe(plan: ProbePlan, workers: int, seconds: float) -> str:
         f"layers     {layers}",
         f"positions  {', '.join(plan.positions)}",
         f"tasks      {', '.join(task.name for task in plan.tasks)}",
-        f"fits       {n_fits * len(plan.cells):,}: {n_fits:,} at each of {len(plan.cells):,} layers × positions",
+        f"fits       {(n_fits + n_tests) * len(plan.cells):,}: {n_fits:,} for the scores and {n_tests:,} for the "
+        f"permutations, at each of {len(plan.cells):,} layers × positions",
         f"solver     {solvers}, training sets of {', '.join(f'{one.n_rows:,}' for one in rounds)} samples",
         f"memory     at most {_gib(predict_bytes(plan))} a worker, "
         f"{_gib(predict_task_bytes(plan))} of it for the probes",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,15 +53,34 @@ def test_bench_store_compares_writes_and_reads_with_peers_and_limits(tmp_path: P
 
 @pytest.mark.timeout(300)
 def test_bench_scale_fits_and_computes_what_many_samples_cost(tmp_path: Path) -> None:
-    sizes = ["--samples", "20", "60", "--tasks", "20", "--shards", "3"]
+    sizes = ["--samples", "20", "60", "--tasks", "20", "--shards", "3", "--markdown"]
     command = [sys.executable, BENCHMARKS / "bench_scale.py", *sizes, "--json", tmp_path / "out.json"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "measured: " in done.stdout and "computed from the fits: " in done.stdout
+    assert "measured: " in done.stdout and "computed, not run: " in done.stdout
+    assert "| launcher's memory |" in done.stdout and " samples " in done.stdout.splitlines()[-1]
     results = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert results["measured"]["60"]["n_shards"] == 60
-    assert results["fitted"]["plan_bytes_a_row"] > 0
-    assert results["computed"]["1000000"]["bytes"] == 10**6 * 33 * 4096 * 4
+    assert [(run["n_rows"], run["n_shards"]) for run in results["measured"]] == [
+        (20, 20),
+        (60, 60),
+        (20, 1),
+        (60, 1),
+    ]
+    assert all(fit["a_shard"] >= 0 and fit["a_row"] >= 0 for fit in results["fitted"].values())
+    assert results["fitted besides"]["row_bytes"] > 100
+    assert results["computed"][0]["bytes"] == 10**6 * 33 * 4096 * 4
+
+
+def test_a_plane_is_fitted_to_what_lies_on_one_and_its_residual_says_what_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    bench_scale = importlib.import_module("bench_scale")
+    shards, rows = [10, 1000, 10, 1000], [10, 1000, 1000, 100_000]
+    exact = [2 + 0.5 * n_shards + 0.01 * n_rows for n_shards, n_rows in zip(shards, rows, strict=True)]
+    fit = bench_scale.fit_plane(shards, rows, exact)
+    assert fit.at(10**6, 10**8) == pytest.approx(2 + 0.5e6 + 1e6) and fit.residual < 1e-9
+    assert bench_scale.fit_plane(shards, rows, [*exact[:3], 2 * exact[3]]).residual > 0.1
 
 
 @pytest.mark.timeout(300)
@@ -92,3 +113,24 @@ def test_bench_finetune_compares_a_step_with_a_bare_loop_and_the_trainer(tmp_pat
     ratios = json.loads((tmp_path / "out.json").read_text())["results"]["ratios"]
     assert set(ratios) == {"bare loop", "Trainer", "ours, images met first", "ours, images kept"}
     assert all(ratio > 0 for ratio in ratios.values())
+
+
+@pytest.mark.timeout(300)
+def test_the_gpu_benchmark_runs_in_all_its_sections_without_a_gpu(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--smoke", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("CPU, timings mean nothing\n")
+    results = json.loads((tmp_path / "gpu.json").read_text())["results"]
+    assert results["smoke"] and list(results["sections"]) == ["exact", "ceilings", "images", "states", "dump"]
+    judged = [figure for section in results["sections"].values() for figure in section if figure["verdict"]]
+    assert len(judged) == 4 and all(figure["verdict"] == "ok" and figure["value"] == 0 for figure in judged)
+
+
+def test_the_gpu_benchmark_says_at_once_that_it_needs_a_device(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--out", str(tmp_path)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 1 and "torch finds none here" in done.stderr
+    assert "Traceback" not in done.stderr and not any(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -52,6 +53,34 @@ def test_a_dump_to_a_bucket_is_killed_and_continued_to_the_bytes_of_a_local_one(
     assert again.code == 0 and "nothing to do" in again.out
     described = run("info", bucket.url("a.zarr"))
     assert described.code == 0 and "40 (40 committed, 0 missing, 0 rejected)" in described.out
+
+
+@pytest.mark.parametrize(("sent", "answered"), [(signal.SIGTERM, 60), (signal.SIGINT, 3)])
+def test_a_run_whose_server_hangs_leaves_within_ten_seconds_and_can_be_continued(
+    run: Run, bucket: Bucket, photos: Path, sent: signal.Signals, answered: int
+) -> None:
+    command = ["dump", photos, "--prompt", "what?", "--shard-samples", 1, "--batch-size", 1]
+    command += ["--limit", 20, "--torch-threads", 1, "-o", bucket.url("a.zarr")]
+    with faulty(bucket.endpoint) as proxy:
+        proxy.follow(Plan(kinds=("timeout",), persistent_from=answered))
+        process = subprocess.Popen(
+            [Path(sys.executable).parent / "mmextract", *map(str, command)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"AWS_ENDPOINT_URL": proxy.url},
+        )
+        deadline = time.monotonic() + 200
+        while not proxy.injected["timeout"] and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(sent)
+        started = time.monotonic()
+        _, error = process.communicate(timeout=100)
+    assert process.returncode == 130 and "Run the same command again" in error, error
+    assert "Traceback" not in error and time.monotonic() - started < 10
+    ran = run(*command)
+    assert ran.code == 0, ran.err
+    assert open_store(bucket.url("a.zarr")).missing == 0
 
 
 def test_a_store_in_a_bucket_is_probed_as_on_a_disk(run: Run, bucket: Bucket, tmp_path: Path) -> None:

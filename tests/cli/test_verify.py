@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mmextract.engine.lease import Lease
+from mmextract.engine.objects import LocalObjects
+from mmextract.engine.verify import plan_verify, run_verify, withdraw
 from tests.cli.conftest import Ran
 from tests.faults.small_store import run as write_store
 from tests.faults.small_store import tree
@@ -86,6 +90,38 @@ def test_info_and_probe_say_that_a_withdrawn_store_is_incomplete(run: Run, store
     assert ratio == pytest.approx(whole_ratio, rel=0.1)
     ran = run("probe", store, "--label", "age", "-o", store.parent / "probe")
     assert ran.code == 1 and "3 of 11 samples are missing" in ran.err
+
+
+def test_nothing_is_withdrawn_from_a_store_that_a_run_is_writing(run: Run, store: Path) -> None:
+    flip(store / "hidden_states/c/1/0/0/0")
+    (store / "age/c/0").write_bytes(b"")
+    with Lease(objects=LocalObjects(store)):
+        before = tree(store)
+        ran = run("verify", store, "--json")
+        assert tree(store) == before
+        looked = run("verify", store, "--read-only")
+    record = json.loads(ran.out)
+    assert ran.code == 1 and record["bad_shards"] == [1] and not record["withdrawn"]
+    assert (
+        f"nothing was withdrawn: {store} is being written by another run: process {os.getpid()} on" in ran.err
+    )
+    assert looked.code == 1 and "is being written" not in looked.err
+    assert "This is withdrawn" in run("verify", store).out
+    assert not list((store / "shard_digest").glob("lease*"))
+
+
+def test_what_a_run_has_repaired_since_it_was_looked_at_is_not_withdrawn(store: Path) -> None:
+    whole = tree(store)
+    for key in ("hidden_states/c/1/0/0/0", "record/c/2/0", "age/c/0"):
+        flip(store / key)
+    plan = plan_verify(store)
+    report = run_verify(plan)
+    assert report.bad_shards == [1, 2] and len(report.damage) == 3
+    for key in ("record/c/2/0", "age/c/0"):
+        (store / key).write_bytes(whole[key])
+    assert withdraw(plan, report)
+    assert write_store(store) == [1] and tree(store) == whole
+    assert not withdraw(plan, report) and tree(store) == whole
 
 
 def test_export_goes_by_the_ending_of_the_file(run: Run, store: Path) -> None:

@@ -22,6 +22,8 @@ from mmextract.engine.dump import DumpPlan, DumpSpec, DumpSummary, plan_dump, ru
 from mmextract.engine.models import ModelSpec, load
 from mmextract.engine.samples import read_samples
 
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
 
 def write_data(folder: Path, n_samples: int) -> Path:
     """Write questions of three lengths, one of which is too long for the model, as JSON Lines."""
@@ -57,20 +59,35 @@ def dump_here(spec: DumpSpec, store: Path) -> DumpSummary:
 
 @contextmanager
 def local_cluster(n_workers: int, **settings: Any) -> Iterator[Client]:
-    """Start a scheduler in this process and workers in processes of their own."""
+    """Start a scheduler in this process and workers in processes of their own.
+
+    dask leaves OMP_NUM_THREADS=1 in the environment of the process that starts workers; other processes that a test
+    starts are not to compute otherwise for it.
+    """
+    before = {name: os.environ.get(name) for name in THREADS}
     chosen: dict[str, Any] = {
         "threads_per_worker": 1,
         "memory_limit": None,
         "silence_logs": "CRITICAL",
         **settings,
     }
-    with (
-        LocalCluster(
-            n_workers=n_workers, processes=True, host="127.0.0.1", dashboard_address="127.0.0.1:0", **chosen
-        ) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
-        yield client
+    try:
+        with (
+            LocalCluster(
+                n_workers=n_workers,
+                processes=True,
+                host="127.0.0.1",
+                dashboard_address="127.0.0.1:0",
+                **chosen,
+            ) as cluster,
+            Client(cluster, set_as_default=False) as client,
+        ):
+            yield client
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def worker_pids(client: Client) -> dict[str, int]:

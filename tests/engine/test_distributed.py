@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from distributed import Client
 
-from mmextract.engine import distributed
+from mmextract.engine import distributed, workers
 from mmextract.engine.distributed import ShardsFailedError, run_distributed
 from mmextract.engine.dump import DumpPlan, DumpSpec, plan_dump
 from mmextract.engine.lease import Lease, LeaseLostError, StoreBusyError
@@ -106,12 +106,14 @@ def test_a_run_that_stops_is_continued_by_one_process(
     assert tree(tmp_path / "a.zarr") == whole
 
 
-def test_a_finished_run_is_only_looked_at(
-    client: Client, spec: DumpSpec, plan: DumpPlan, tmp_path: Path
-) -> None:
+def test_a_finished_run_is_only_looked_at(client: Client, spec: DumpSpec, tmp_path: Path) -> None:
     dump_here(spec, tmp_path / "a.zarr")
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "a.zarr").rglob("*")}
-    summary = run_distributed(plan, client, tmp_path / "a.zarr")
+    client.run(workers._load.cache_clear)
+    summary = run_distributed(plan_on(client, spec), client, tmp_path / "a.zarr")
+    loaded = client.run(lambda: workers._load.cache_info().currsize)
+    assert sum(loaded.values()) == 1, "only the plan needs a model, that of one worker"
+    assert summary.seconds < 2
     assert summary.n_resumed == N_SAMPLES and summary.bytes_written == 0
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "a.zarr").rglob("*")} == before
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -73,9 +74,11 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, NDArray[
 def tally() -> Iterator[dict[str, bool]]:
     """Case → whether it held; recorded at the end."""
     held: dict[str, bool] = {}
+    started = time.monotonic()
     yield held
     failed = [name for name, good in held.items() if not good]
-    record("L", {"cases": len(held), "losses": len(failed), "reproduce": failed, "zarr": zarr.__version__})
+    outcome = {"cases": len(held), "losses": len(failed), "reproduce": failed, "zarr": zarr.__version__}
+    record("L", outcome, time.monotonic() - started)
 
 
 def same(read: Any, expected: NDArray[Any]) -> bool:

@@ -66,6 +66,8 @@ class Proxy:
     """Where it listens."""
     requests: int = 0
     """Requests so far."""
+    planned: int = 0
+    """Those of them that came while a plan was followed."""
     injected: Counter[str] = field(default_factory=Counter)
     """Kind → requests that were answered so."""
     _plan: Plan | None = None
@@ -88,6 +90,7 @@ class Proxy:
                 return None
             fault = self._plan.fault(self._number, request, self._attempts[request])
             self._number += 1
+            self.planned += 1
             self._attempts[request] += 1
             if fault:
                 self.injected[fault] += 1
@@ -96,6 +99,7 @@ class Proxy:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or every answer waits 40 ms between its head and its body
     server: _Server
 
     def _handle(self) -> None:

@@ -14,12 +14,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from concurrent.futures import CancelledError
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import Self
 
 import pytest
-from distributed import Client, LocalCluster, SpecCluster
+from distributed import Client, LocalCluster
 
 from mmextract.engine.distributed import run_distributed
 from mmextract.engine.dump import DumpPlan, DumpSpec
@@ -42,6 +45,8 @@ from tests.faults.outcomes import sweep
 N_SAMPLES = 96
 N_WORKERS = 2
 SECONDS_TO_STRIKE = 1.0
+SECONDS_TO_RESTART = 60.0
+SECONDS_A_CASE = 300.0
 WORKER_KINDS = ("killed", "segfaulted", "retired", "stopped")
 CLIENT_KINDS = ("scheduler killed", "client killed", "launched twice")
 SIGNALS = {"killed": signal.SIGKILL, "segfaulted": signal.SIGSEGV, "stopped": signal.SIGSTOP}
@@ -75,15 +80,64 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return Inputs(folder=folder, data=data, model=model, spec=spec, whole=tree(folder / "whole.zarr"))
 
 
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    with local_cluster(N_WORKERS) as connected:
-        yield connected
+class Clusters:
+    """Gives a cluster that is whole: the last one, or another where a case has damaged that. A context manager."""
+
+    def __init__(self) -> None:
+        self._opened = ExitStack()
+        self._client: Client | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.discard()
+
+    def client(self) -> Client:
+        """Return a client of a cluster that has all its workers."""
+        if self._client is None or not _is_whole(self._client):
+            self.discard()
+            self._client = self._opened.enter_context(local_cluster(N_WORKERS))
+        return self._client
+
+    def discard(self) -> None:
+        """Close the cluster; the next case gets another."""
+        self._client = None
+        with suppress(OSError, CancelledError):  # what is left of a struck cluster may not answer in time
+            self._opened.close()
+
+
+def _is_whole(client: Client) -> bool:
+    """Tell whether all workers are there, or soon are: dask starts those again that died, not those that retired."""
+    try:
+        client.wait_for_workers(N_WORKERS, timeout=SECONDS_TO_RESTART)
+        return len(worker_pids(client)) == N_WORKERS
+    except OSError:
+        return False
+
+
+@contextmanager
+def no_longer_than(seconds: float) -> Iterator[None]:
+    """Raise AssertionError in the main thread if what is inside takes longer: a hang does not end the row."""
+
+    def give_up(number: int, frame: FrameType | None) -> None:
+        raise AssertionError(f"it was not done after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGUSR1, give_up)
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGUSR1))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGUSR1, before)
 
 
 @pytest.fixture(scope="module")
-def plan(client: Client, inputs: Inputs) -> DumpPlan:
-    return plan_on(client, inputs.spec)
+def clusters() -> Iterator[Clusters]:
+    with Clusters() as opened:
+        yield opened
 
 
 def strike_worker(client: Client, kind: str, rng: random.Random) -> None:
@@ -101,20 +155,9 @@ def strike_worker(client: Client, kind: str, rng: random.Random) -> None:
             os.kill(victims[address], signal.SIGCONT)
 
 
-def restore(client: Client) -> None:
-    """Bring a cluster back to its number of workers; dask starts again those that died, not those that retired."""
-    cluster = client.cluster
-    assert isinstance(cluster, SpecCluster)
-    if len(client.scheduler_info()["workers"]) < N_WORKERS:
-        cluster.scale(0)
-        cluster.scale(N_WORKERS)
-    client.wait_for_workers(N_WORKERS, timeout=120)
-
-
 def run_worker_case(client: Client, plan: DumpPlan, inputs: Inputs, case: Case) -> None:
     """Run with a worker struck; the run itself must come to its end."""
     kind, seed = case
-    restore(client)
     store = inputs.folder / f"{kind}-{seed}.zarr"
     striker = threading.Thread(target=strike_worker, args=(client, kind, random.Random(f"{kind} {seed}")))
     striker.start()
@@ -145,7 +188,6 @@ def wait_for_line(process: subprocess.Popen[str], wanted: str) -> None:
 def run_client_case(client: Client, plan: DumpPlan, inputs: Inputs, case: Case) -> None:
     """Kill a client, or launch a second one beside it, and run again on the same cluster."""
     kind, seed = case
-    restore(client)
     store = inputs.folder / f"{kind}-{seed}.zarr"
     cluster = client.cluster
     assert isinstance(cluster, LocalCluster)
@@ -190,34 +232,44 @@ def run_scheduler_case(inputs: Inputs, case: Case) -> None:
     inputs.check(store)
 
 
-def run_case(client: Client, plan: DumpPlan, inputs: Inputs) -> Callable[[Case], None]:
-    def run(case: Case) -> None:
-        if case[0] in WORKER_KINDS:
-            run_worker_case(client, plan, inputs, case)
-        elif case[0] == "scheduler killed":
-            run_scheduler_case(inputs, case)
-        else:
-            run_client_case(client, plan, inputs, case)
+def run_case(clusters: Clusters, inputs: Inputs) -> Callable[[Case], None]:
+    """Return what runs a case, on a cluster that is whole."""
 
-    return run
+    def run(case: Case) -> None:
+        if case[0] == "scheduler killed":
+            run_scheduler_case(inputs, case)
+            return
+        client = clusters.client()
+        plan = plan_on(client, inputs.spec)
+        (run_worker_case if case[0] in WORKER_KINDS else run_client_case)(client, plan, inputs, case)
+
+    def run_bounded(case: Case) -> None:
+        whole = False
+        try:
+            with no_longer_than(SECONDS_A_CASE):
+                run(case)
+            whole = case[0] != "retired"
+        finally:
+            if not whole:
+                clusters.discard()
+
+    return run_bounded
 
 
 @pytest.mark.parametrize("kind", ["killed", "client killed"])
-def test_a_sample_of_row_h_ends_in_the_same_bytes(
-    client: Client, plan: DumpPlan, inputs: Inputs, kind: str
-) -> None:
-    run_case(client, plan, inputs)((kind, 0))
+def test_a_sample_of_row_h_ends_in_the_same_bytes(clusters: Clusters, inputs: Inputs, kind: str) -> None:
+    run_case(clusters, inputs)((kind, 0))
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(3600)
-def test_row_h_workers(client: Client, plan: DumpPlan, inputs: Inputs) -> None:
+def test_row_h_workers(clusters: Clusters, inputs: Inputs) -> None:
     cases = [(kind, seed) for seed in range(15) for kind in WORKER_KINDS]
-    sweep("H workers", cases, run_case(client, plan, inputs))
+    sweep("H workers", cases, run_case(clusters, inputs))
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(3600)
-def test_row_h_clients_and_schedulers(client: Client, plan: DumpPlan, inputs: Inputs) -> None:
+def test_row_h_clients_and_schedulers(clusters: Clusters, inputs: Inputs) -> None:
     kinds = [CLIENT_KINDS[number % len(CLIENT_KINDS)] for number in range(20)]
-    sweep("H launchers", list(zip(kinds, range(20), strict=True)), run_case(client, plan, inputs))
+    sweep("H launchers", list(zip(kinds, range(20), strict=True)), run_case(clusters, inputs))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mmextract.kernels import pool, ragged, resize_first, resize_second
+from mmextract.kernels import layout, pool, resize_first, resize_second
 from mmextract.kernels.triton_support import INTERPRETED
 
 triton = pytest.importorskip("triton")
@@ -46,14 +46,14 @@ class Variant:
 
 
 def rows(step: int) -> Variant:
-    n_rows, n_columns = ragged.ROW_TILE
+    n_rows, n_columns = layout.ROW_TILE
     constants = {"ROWS": n_rows, "COLUMNS": n_columns, "STEP": step}
     kernel = resize_first._resize_first_rows_kernel
     return Variant(f"rows {step}", kernel, constants, resize_first.warps_for(step), tensor_cores=True)
 
 
 def columns(aligned: bool) -> Variant:
-    n_rows, n_bytes = ragged.COLUMN_TILE
+    n_rows, n_bytes = layout.COLUMN_TILE
     constants = {"ROWS": n_rows, "BYTES": n_bytes, "ALIGNED": aligned}
     kernel = resize_first._resize_first_columns_kernel
     return Variant(f"columns {'aligned' if aligned else 'anywhere'}", kernel, constants, vectors=aligned)
@@ -61,7 +61,7 @@ def columns(aligned: bool) -> Variant:
 
 def second(axis: int, taps: int, patch: int) -> Variant:
     cut = {"PATCH": patch, "MERGE": 2 if patch else 1, "FRAMES": 2 if patch else 1}
-    constants = {"AXIS": axis, "TAPS": taps, **cut, "BLOCK": ragged.SECOND_TILE}
+    constants = {"AXIS": axis, "TAPS": taps, **cut, "BLOCK": layout.SECOND_TILE}
     name = f"second axis {axis} taps {taps} {'patches' if patch else 'chw'}"
     return Variant(name, resize_second._resize_second_kernel, constants)
 

@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from transformers import CLIPImageProcessor, Qwen2VLImageProcessor
+from transformers import CLIPImageProcessor, LlavaImageProcessor, Qwen2VLImageProcessor
 
+from mmextract.kernels.ragged import square_canvas
 from mmextract.kernels.reference import (
     Uint8Array,
     composite_text,
     divide_255,
     normalize,
+    pad,
     patchify,
     place,
     pool,
@@ -76,6 +78,18 @@ def test_the_table_and_a_window_are_clips_own_normalisation_and_centre_crop(size
     top, left = (-((24 - n) // 2) if n < 24 else (n - 24) // 2 for n in size)
     got = place(normalize(image, lut), (top, left, 24, 24), lut[:, 0])
     assert np.array_equal(got, np.asarray(processor(image)["pixel_values"][0]))
+
+
+@pytest.mark.parametrize("size", [(31, 45), (60, 8), (24, 25), (24, 24), (1, 6)], ids=str)
+def test_a_square_canvas_is_llavas_own_padding(size: tuple[int, int]) -> None:
+    mean = [0.48145466, 0.4578275, 0.40821073]
+    options = {"do_resize": False, "do_center_crop": False, "do_rescale": False, "do_normalize": False}
+    processor = LlavaImageProcessor(do_pad=True, image_mean=mean, **options)
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    wanted = np.asarray(processor(Image.fromarray(image))["pixel_values"][0]).transpose(1, 2, 0)
+    canvas, corner = square_canvas(*size)
+    red, green, blue = (int(level * 255) for level in mean)
+    assert np.array_equal(pad(image, canvas, corner, (red, green, blue)), wanted)
 
 
 @pytest.mark.parametrize(("patch", "merge", "frames"), [(14, 2, 2), (16, 2, 2), (4, 3, 1)])

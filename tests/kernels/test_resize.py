@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from mmextract.kernels.ragged import Mark, Picture, plan, tap_class
+from mmextract.kernels.layout import tap_class
+from mmextract.kernels.ragged import Mark, Picture, plan, square_canvas
 from mmextract.kernels.reference import (
     Uint8Array,
     composite_text,
     normalize,
+    pad,
     patchify,
     place,
     resize,
@@ -49,6 +51,7 @@ class Case:
         mask: tuple[int, int] | None = None,
         at: tuple[int, int] = (0, 0),
         opacity: int = 255,
+        **canvas: Any,
     ) -> Case:
         mark = None
         if mask:
@@ -66,6 +69,7 @@ class Case:
                 resized=resized,
                 window=window or (0, 0, *resized),
                 mark=mark,
+                **canvas,
             )
         )
         self.images.append(self.rng.integers(0, 256, (*size, 3), dtype=np.uint8))
@@ -79,6 +83,8 @@ class Case:
                 image = composite_text(
                     image, scale_alpha(next(masks), mark.opacity), mark.x, mark.y, mark.color
                 )
+            if picture.canvas:
+                image = pad(image, picture.canvas, picture.corner, picture.background)
             resized = resize(image, picture.resized, filter, mode)
             out.append(place(normalize(resized, LUT), picture.window, FILL))
         return out
@@ -135,6 +141,33 @@ def test_images_of_one_batch_keep_their_own_masks_colours_and_places(interpreter
 @pytest.mark.parametrize("size", [(13, 40), (60, 22)], ids=["rows first", "columns first"])
 def test_a_window_crops_and_pads(interpreter: Interpreter, size: tuple[int, int], window: Window) -> None:
     Case().add(size, (10, 11), window=window, mask=(30, 30), at=(2, 2)).check(interpreter)
+
+
+@pytest.mark.parametrize(
+    ("filter", "mode"),
+    [("bicubic", "pillow13"), ("bilinear", "torchvision"), ("nearest", "pillow12"), ("lanczos", "pillow12")],
+)
+def test_an_image_on_a_canvas_is_resized_as_if_it_were_padded(
+    interpreter: Interpreter, filter: Filter, mode: Mode
+) -> None:
+    case = Case(1)
+    color = (7, 255, 93)
+    for size in [(20, 31), (31, 20), (1, 60), (60, 1), (40, 3), (9, 9), (12, 10)]:
+        canvas, corner = square_canvas(*size)
+        mask: dict[str, Any] = {"mask": (9, 8), "at": (size[1] - 4, -3), "opacity": 180}
+        case.add(size, (11, 13), **mask, canvas=canvas, corner=corner, background=color)
+    for corner in [(0, 0), (13, 7), (30, 50), (30, 0)]:  # padding on all sides, and on two
+        case.add((10, 15), (11, 13), canvas=(40, 65), corner=corner, background=color)
+    case.add((10, 15), (11, 30), (-1, 4, 11, 13), canvas=(140, 16), corner=(3, 1), background=color)
+    case.check(interpreter, filter, mode)
+
+
+def test_a_canvas_smaller_than_its_image_is_refused() -> None:
+    size: dict[str, Any] = {"offset": 0, "height": 5, "width": 6, "resized": (4, 4), "window": (0, 0, 4, 4)}
+    with pytest.raises(ValueError, match=r"at \(1, 0\) is not within its canvas \(5, 9\)"):
+        Picture(**size, canvas=(5, 9), corner=(1, 0))
+    with pytest.raises(ValueError, match="0 to 255, got"):
+        Picture(**size, canvas=(9, 9), background=(0, 256, 0))
 
 
 @pytest.mark.parametrize("source", [(600, 9), (9, 600), (3, 2)], ids=str)
@@ -199,6 +232,20 @@ def test_what_does_not_fit_is_refused_with_what_was_expected(interpreter: Interp
         Picture(offset=0, height=1, width=1, resized=(2**15, 2**15), window=(0, 0, 2**15, 2**15))
     with pytest.raises(ValueError, match="0 to 255, got 256"):
         Mark(offset=0, height=1, width=1, x=0, y=0, color=(0, 0, 0), opacity=256)
+
+
+def test_a_plan_does_not_depend_on_what_was_planned_before() -> None:
+    case = (
+        Case().add((50, 48), (8, 40), mask=(4, 4), at=(20, 10)).add((30, 20), (8, 9)).add((50, 48), (8, 40))
+    )
+    alone = plan(case.pictures, "bicubic", "pillow13")
+    plan(case.add((30, 20), (8, 9), mask=(3, 3)).pictures[::-1], "bicubic", "pillow13")
+    again = plan(case.pictures[:3], "bicubic", "pillow13")
+    assert torch.equal(alone.images, again.images) and torch.equal(alone.tables, again.tables)
+    for launches in ("first", "second"):
+        for old, new in zip(getattr(alone, launches), getattr(again, launches), strict=True):
+            assert (old.axis, old.variant) == (new.axis, new.variant) and torch.equal(old.tiles, new.tiles)
+    assert [launch.tiles[:, 0].unique().tolist() for launch in alone.first] == [[2], [0], [1]]
 
 
 def test_tap_classes_hold_their_taps_and_waste_little() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "bench_calibration.py"
-DRAWS = 40
+DRAWS = 30
 SIGNAL = 1.25
 """About what is detectable with 40 groups."""
 
@@ -35,7 +35,7 @@ def test_intervals_cover_what_they_promise_in_noise_and_with_a_signal(
     found = results[f"40 groups of 3, signal {signal:g}"]
     for metric in ("auroc", "accuracy", "balanced_accuracy"):
         # three standard deviations of DRAWS fair draws below 95 %
-        assert found[f"coverage of {metric}"] >= 0.85, metric
+        assert found[f"coverage of {metric}"] >= 0.83, metric
 
 
 def test_p_values_of_grouped_noise_are_uniform(results: dict[str, dict[str, float]]) -> None:
@@ -48,5 +48,5 @@ def test_a_signal_in_one_layer_is_found_there_and_nowhere_else_at_the_promised_p
     results: dict[str, dict[str, float]],
 ) -> None:
     found = results[f"40 groups of 3, signal {SIGNAL:g}"]
-    assert abs(found["auroc"] - found["detectable"]) < 0.03
-    assert 0.65 <= found["found"] <= 0.95 and found["found elsewhere"] <= 0.175
+    assert abs(found["auroc"] - found["detectable"]) < 0.04
+    assert 0.6 <= found["found"] <= 0.97 and found["found elsewhere"] <= 0.175

@@ -15,8 +15,8 @@ from click.testing import CliRunner
 from distributed import Client, LocalCluster
 
 from mmextract.cli.probe import probe
-from mmextract.probes import planning
-from mmextract.probes.planning import check_cluster, choose_workers, list_rounds, predict_bytes
+from mmextract.probes import permutation, planning
+from mmextract.probes.planning import check_cluster, choose_workers, list_rounds, list_tests, predict_bytes
 from mmextract.probes.run import plan_probe, run_probe
 from mmextract.probes.settings import ProbeSettings
 from tests.probes.stores import make_store, paired_columns
@@ -52,6 +52,7 @@ def noise_store(path: Path, n_images: int, hidden_size: int) -> Path:
     ("n_images", "hidden_size", "changes"),
     [
         pytest.param(500, 3000, {}, id="dual"),
+        pytest.param(400, 2000, {"permutations": 200}, id="dual, with permutations"),
         pytest.param(300, 3000, {"label": "third", "group": "image"}, id="dual, three classes"),
         pytest.param(4_000, 200, {}, id="primal"),
         pytest.param(250, 3000, {"solver": "sklearn"}, id="sklearn"),
@@ -81,8 +82,17 @@ def test_a_worker_takes_no_more_memory_than_predicted_and_at_least_half_of_it(
 
 def test_rounds_are_what_a_run_fits(store: Path) -> None:
     plan = plan_probe(store, replace(LEAN, layers=(0,), positions=("last",)))
-    ((scores, *_),) = run_probe(plan).values()
-    assert sum(one.n_fits for one in list_rounds(plan)) == len(plan.tasks) * scores.n_fits
+    (cell,) = run_probe(plan).values()
+    assert sum(one.n_fits for one in list_rounds(plan)) == len(plan.tasks) * cell.find("label").n_fits
+
+
+def test_tests_are_in_batches_that_hold_every_label(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_probe(store, replace(LEAN, permutations=39))
+    n_penalties, size = 2, 2 * (plan.design.n_samples + plan.hidden_size)
+    assert [one.n_labels for one in list_tests(plan)] == [40, 40]
+    monkeypatch.setattr(permutation, "MOST_ELEMENTS", 16 * size)
+    assert [one.n_labels for one in list_tests(plan)] == [16, 16, 16, 16, 8, 8]
+    assert sum(one.n_fits for one in list_tests(plan)) == 2 * 40 * n_penalties
 
 
 def test_workers_are_as_many_as_fit(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
