@@ -70,7 +70,7 @@ def run_bare(spec: FinetuneSpec, data: list[Example], n_steps: int, tick: Tick) 
 def run_trainer(spec: FinetuneSpec, data: list[Example], n_steps: int, tick: Tick) -> None:
     """Do the same in transformers' Trainer."""
     trainee = make_trainee(spec)
-    ready = batches(trainee, spec, data, n_steps)
+    ready: Any = batches(trainee, spec, data, n_steps)
 
     class Timed(transformers.Trainer):  # type: ignore[misc]
         def get_train_dataloader(self) -> Any:

@@ -176,9 +176,18 @@ def _run(
         with progress_bar(name, len(task.questions), "questions") as advance:
             result = evaluate_task(answerer, task, max_new_tokens=longest, on_progress=advance)
     if marking is not None and dataset is not None:
-        total = 2 * len(dataset.samples) * len(marking.spec.fields)
+        total = 4 * len(dataset.samples) * len(marking.spec.fields)
         with progress_bar(f"{name}, fields", total, "questions") as advance:
-            rows = ask_fields(
-                answerer, dataset, marking, n_references=options["references"], on_progress=advance
-            )
+            rows = [
+                row
+                for marked in (True, False)
+                for row in ask_fields(
+                    answerer,
+                    dataset,
+                    marking,
+                    marked=marked,
+                    n_references=options["references"],
+                    on_progress=advance,
+                )
+            ]
     return result, rows

@@ -41,12 +41,12 @@ def make_record(
 
 
 def _separations(rows: Sequence[PromptRow]) -> dict[str, dict[str, Any]]:
-    """Return field → score → how well it tells seen from unseen."""
+    """Return field (`username`, or `username, clean` without the watermark) → score → how well it tells them apart."""
     from mmextract.probes.prompting import separate
 
     found: dict[str, dict[str, Any]] = {}
-    for field in dict.fromkeys(row.field for row in rows):
-        of = [row for row in rows if row.field == field]
+    for field in dict.fromkeys(map(_title, rows)):
+        of = [row for row in rows if _title(row) == field]
         found[field] = {
             score: asdict(
                 separate(
@@ -58,6 +58,10 @@ def _separations(rows: Sequence[PromptRow]) -> dict[str, dict[str, Any]]:
             for score in SCORES
         }
     return found
+
+
+def _title(row: PromptRow) -> str:
+    return row.field if row.marked else f"{row.field}, clean"
 
 
 def _plain(value: Any) -> Any:

@@ -3,8 +3,10 @@
 Does it name the field, and does it find the true value likelier than other people's? The latter is measured by
 exposure (Carlini et al. 2019, The Secret Sharer): log2 of the number of candidates less log2 of the true value's rank
 among them. For both identities of pair k the candidates are the true value and the values of the *unseen* identities
-other than the k-th: people that no model was trained on, the same ones for both. This module knows nothing about how
-the two are told apart by these numbers.
+other than the k-th: people that no model was trained on, the same ones for both. On a marked image a model that reads
+finds the truth without remembering it; on the same image without the watermark reading is ruled out, and what is left is
+whether the values of people who were seen are likelier. This module knows nothing about how the two are told apart by
+these numbers.
 """
 
 from __future__ import annotations
@@ -41,8 +43,10 @@ class PromptRow:
     """k: the group that is resampled."""
     field: str
     """Such as `username`."""
+    marked: bool
+    """Whether the image showed it: if so, reading is enough to tell it."""
     truth: str
-    """What the image shows."""
+    """The value that is right."""
     answer: str
     """What the model said."""
     exact: float
@@ -70,12 +74,15 @@ def ask_fields(
     marking: PairedMarking,
     *,
     fields: Sequence[str] | None = None,
+    marked: bool = True,
     n_references: int = N_REFERENCES,
     max_new_tokens: int = MAX_NEW_TOKENS,
     seed: int = 0,
     on_progress: Callable[[int], None] = lambda n_rows: None,
 ) -> list[PromptRow]:
     """Ask for each field of each image twice, once with a seen and once with an unseen identity on it.
+
+    marked: show the identities on the images; without, both are asked for on the bare image.
 
     dataset: its images are used, its questions are not. fields: None means those that the watermark shows.
     n_references: the most other values to rank the truth among. on_progress counts rows × fields. Raises ValueError for
@@ -92,7 +99,7 @@ def ask_fields(
     rows = make_rows(dataset, marking)
     found: list[PromptRow] = []
     for field in fields:
-        asked = [_asking(row, field) for row in rows]
+        asked = [_asking(row, field, marked) for row in rows]
         answers = answerer.generate(asked, marking.spec, max_new_tokens=max_new_tokens)
         order = np.random.default_rng([seed, 11]).permutation(len(marking.unseen))
         for row, answer, encoded in zip(asked, answers, answerer.encoded(asked, marking.spec), strict=True):
@@ -111,9 +118,9 @@ def ask_fields(
     return found
 
 
-def _asking(row: Row, field: str) -> Row:
+def _asking(row: Row, field: str, marked: bool) -> Row:
     turn = Turn(role="user", text=f"{IMAGE_SLOT}\n{field_question(field)}")
-    return replace(row, sample=replace(row.sample, turns=(turn,)))
+    return replace(row, sample=replace(row.sample, turns=(turn,)), text=row.text if marked else None)
 
 
 def _references(
@@ -175,5 +182,6 @@ def _where(row: Row, field: str, truth: str) -> dict[str, Any]:
         "condition": row.condition,
         "pair": row.pair,
         "field": field,
+        "marked": row.text is not None,
         "truth": truth,
     }

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
@@ -137,5 +138,5 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = xxhash.xxh3_128()
     for name in sorted(tensors):
         digest.update(f"{name}\0".encode())
-        digest.update(memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy()))
+        digest.update(np.ascontiguousarray(tensors[name].reshape(-1).view(torch.uint8)).data)
     return digest.hexdigest()

@@ -32,7 +32,7 @@ def part_of(model: Any, name: str) -> Part:
 
 def name_of(model: nn.Module, wanted: nn.Module) -> str:
     """Return the name of a module of `model`. Raises LookupError if it is none of it."""
-    names = {id(module): name for name, module in model.named_modules()}
+    names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
     if id(wanted) in names:
         return names[id(wanted)]
     raise LookupError(f"{type(wanted).__name__} is no module of {type(model).__name__}")

@@ -39,9 +39,10 @@ def test_a_model_and_its_fine_tune_stand_beside_each_other(run: Run, tmp_path: P
     record = json.loads((tmp_path / "e" / "evaluation.json").read_text())
     assert list(record["scores"]) == list(record["fields"]) == [str(model), str(tmp_path / "tuned")]
     found = record["fields"][str(model)]["username"]["exposure"]
+    assert list(record["fields"][str(model)]) == ["username", "username, clean"]
     assert (found["n"], found["n_groups"]) == (8, found["n_groups"])
     with (tmp_path / "e" / "prompts.csv").open(newline="") as file:
-        assert len(list(csv.DictReader(file))) == 2 * 8
+        assert len(list(csv.DictReader(file))) == 2 * 16
     with (tmp_path / "e" / "predictions.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 2 * 4
     assert json.loads(run(*arguments, "--json").out) == record

@@ -84,4 +84,5 @@ def main(model: Path, data: Path, folder: Path, seed: int, n_kills: int) -> None
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:4]), *map(int, sys.argv[4:6]))
+    model, data, folder = map(Path, sys.argv[1:4])
+    main(model, data, folder, *map(int, sys.argv[4:6]))

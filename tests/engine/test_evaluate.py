@@ -164,6 +164,21 @@ def test_the_likelihood_asked_for_is_that_of_the_field_on_the_marked_image(
     assert first.log_likelihood == pytest.approx(expected.log_probability, rel=1e-4)
 
 
+def test_on_clean_images_both_identities_of_a_pair_are_asked_for_on_the_same_pixels(
+    tiny_adapters: dict[str, Adapter], tmp_path: Path
+) -> None:
+    answerer, data, marking = Answerer(tiny_adapters["llava"]), questions(tmp_path, 2), paired()
+    found = ask_fields(answerer, data, marking, marked=False, max_new_tokens=3)
+    assert not any(row.marked for row in found)
+    assert [row.answer for row in found[::2]] == [row.answer for row in found[1::2]]
+    assert all(a.truth != b.truth for a, b in zip(found[::2], found[1::2], strict=True))
+    row = make_rows(data, marking)[1]
+    turn = Turn(role="user", text="<image>\nWhat is the username?")
+    bare = replace(row, text=None, sample=replace(row.sample, turns=(turn,)))
+    [expected] = answerer.likelihoods_one_by_one(bare, None, [found[1].truth])
+    assert found[1].log_likelihood == pytest.approx(expected.log_probability, rel=1e-4)
+
+
 def test_fields_that_the_watermark_does_not_show_are_refused(
     tiny_adapters: dict[str, Adapter], tmp_path: Path
 ) -> None:
@@ -186,7 +201,7 @@ def test_a_memorised_value_has_a_higher_exposure(tiny_folders: dict[str, Path], 
     settings = spec(tiny_folders["llava"], steps=40, batch_size=8, learning_rate=2e-2, dropout=0.0)
     run_finetune(settings, learnt, tmp_path / "out")
     answerer = Answerer(on_cpu(tiny_folders["llava"], adapter=str(tmp_path / "out")))
-    found = ask_fields(answerer, data, marking, max_new_tokens=2)
+    found = ask_fields(answerer, data, marking, marked=False, max_new_tokens=2)
     exposures = {
         name: np.mean([row.exposure for row in found if row.condition == name]) for name in ("seen", "unseen")
     }

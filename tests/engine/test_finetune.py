@@ -118,13 +118,11 @@ def test_the_steps_are_those_of_transformers_trainer(tiny_folders: dict[str, Pat
 
     adapter = on_cpu(tiny_folders["llava"])
     prepare = Preparer(adapter, LOOK, 2048)
-    batches = [[prepare(data[i]) for i in settings.batch(step, 6)] for step in range(4)]
+    batches: Any = [collate([prepare(data[i]) for i in settings.batch(step, 6)], 0) for step in range(4)]
 
     class InOrder(transformers.Trainer):  # type: ignore[misc]
         def get_train_dataloader(self) -> Any:
-            return torch.utils.data.DataLoader(
-                [collate(batch, 0) for batch in batches], batch_size=None, shuffle=False
-            )
+            return torch.utils.data.DataLoader(batches, batch_size=None, shuffle=False)
 
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path / "trainer"),
@@ -179,7 +177,7 @@ def test_bfloat16_computes_in_it_and_trains_float32_weights(
 def test_the_published_presets_train_models_of_their_shape(
     tiny_folders: dict[str, Path], tmp_path: Path, preset: str
 ) -> None:
-    settings = PRESETS[preset] | {"batch_size": 4, "rank": 2}
+    settings = {**PRESETS[preset], "batch_size": 4, "rank": 2}
     model = tiny_folders["llava" if preset == "llava" else "qwen2-vl"]
     summary = tune(model, tmp_path, **settings)
     assert summary.n_steps == 2

@@ -56,7 +56,7 @@ def test_a_training_that_was_killed_at_random_moments_ends_in_the_same_weights(
 ) -> None:
     data = save_questions(tmp_path / "data")
     command = [sys.executable, PROCESS, tiny_folders["llava"], data, tmp_path, seed, 4]
-    ran = subprocess.run(map(str, command), capture_output=True, text=True, check=False, timeout=280)
+    ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=280)
     assert ran.returncode == 0, ran.stderr
     ended = json.loads(ran.stdout)
     assert [code for code, _ in ended] == [0, *[signal.SIGKILL] * 4, 0]
