@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from mmextract.engine.objects import flush_folder, make_folders, naming
+from mmextract.engine.files import flush_folder, make_folders, naming
 
 _NAME = re.compile(r"step-(\d{8})\.safetensors")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -42,7 +42,7 @@ class Checkpoints:
         tensors = collect(parameters, optimizer)
         target = self.folder / f"step-{step:08d}.safetensors"
         temporary = self.folder / f".{target.name}.{uuid.uuid4().hex}.partial"
-        make_folders(self.folder)
+        make_folders(self.folder, self.folder.parent)
         with naming(target):
             try:
                 save_file(tensors, temporary, {"step": str(step), "xxh3_128": _digest(tensors)})

@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from mmextract.engine.checkpoints import FINETUNE_RECORD
-from mmextract.engine.objects import LocalObjects, make_folders
+from mmextract.engine.objects import LocalObjects
 from mmextract.engine.writer import OtherRunError
 
 FORMAT = 1
@@ -31,7 +31,7 @@ def hold(out: Path) -> Iterator[None]:
         raise ValueError(f"{out} is a file: give a folder")
     if out.is_dir() and not (out / FINETUNE_RECORD).is_file() and _visible(out):
         raise ValueError(f"{out} is not empty and no fine-tune of mmextract: give another -o, or remove it")
-    make_folders(out)
+    out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / ".lock", timeout=0)
     try:
         with lock:

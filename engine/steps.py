@@ -21,7 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mmextract.engine.objects import LocalObjects, make_folders
+from mmextract.engine.objects import LocalObjects
 
 FORMAT = 1
 FOLDER = "steps"
@@ -140,7 +140,7 @@ def hold(run: Path) -> Iterator[None]:
         raise ValueError(f"{run} is a file: give a folder")
     if run.is_dir() and not (run / FOLDER).is_dir() and any(p.name[0] != "." for p in run.iterdir()):
         raise ValueError(f"{run} is not empty and no experiment of mmextract: give another -o, or remove it")
-    make_folders(run / FOLDER)
+    (run / FOLDER).mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(run / ".lock", timeout=0):
             yield
@@ -179,7 +179,7 @@ def _clear(folder: Path) -> None:
     (folder / RECORD).unlink(missing_ok=True)
     if folder.exists():
         shutil.rmtree(folder)
-    make_folders(folder)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _seconds_before(folder: Path) -> float:

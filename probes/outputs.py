@@ -26,7 +26,7 @@ import pyarrow.parquet
 from mmextract.probes.comparison import OtherStore
 from mmextract.probes.description import Description
 from mmextract.probes.pictures import make_pictures
-from mmextract.probes.results import PROJECTIONS, Results
+from mmextract.probes.results import PROJECTIONS, RECORD, Results
 from mmextract.probes.rows import COLUMNS, Row
 from mmextract.probes.summary import Summary
 from mmextract.probes.tasks import SHUFFLES
@@ -96,17 +96,30 @@ def write_outputs(
     Raises OSError if the folder cannot be written; then no file was replaced.
     """
     folder.mkdir(parents=True, exist_ok=True)  # before the figures, which take seconds
-    table = make_table(summary.rows)
     projections = description.projections if description else None
-    contents = {
+    pictures = make_pictures(Results(record, projections))
+    return _replace_all(folder, {**_tables(summary, description), **pictures, RECORD: _json(record)})
+
+
+def write_data(
+    summary: Summary, record: Mapping[str, Any], folder: Path, description: Description | None = None
+) -> list[Path]:
+    """Do as `write_outputs` does, without figures and report: `mmextract report` makes them from what is written."""
+    return _replace_all(folder, {**_tables(summary, description), RECORD: _json(record)})
+
+
+def _tables(summary: Summary, description: Description | None) -> dict[str, bytes]:
+    table = make_table(summary.rows)
+    return {
         "probe.csv": _csv(table),
         "probe.parquet": _parquet(table),
         "scores.parquet": _parquet(make_score_table(summary)),
         **_describing_files(description),
-        **make_pictures(Results(record, projections)),
-        "probe.json": (json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode(),
     }
-    return _replace_all(folder, contents)
+
+
+def _json(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _describing_files(description: Description | None) -> dict[str, bytes]:
