@@ -18,6 +18,7 @@ from mmextract.cli.doctor import doctor
 from mmextract.cli.dump import dump
 from mmextract.cli.dynamics import dynamics
 from mmextract.cli.evaluate import evaluate
+from mmextract.cli.experiment import experiment
 from mmextract.cli.export import export
 from mmextract.cli.finetune import finetune
 from mmextract.cli.identities import identities
@@ -82,6 +83,7 @@ for command in (
     finetune,
     evaluate,
     dynamics,
+    experiment,
     report,
     info,
     verify,

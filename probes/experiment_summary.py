@@ -92,8 +92,8 @@ class Verdict:
         return (
             "No sign that the model remembers whom it saw: nowhere do hidden states tell seen identities from others "
             "better than after fine-tuning without watermarks "
-            f"(smallest corrected p = {min(r.p_corrected or 1 for r in self.effects):.2g}), though text can be read and "
-            "the positive control was found."
+            f"(smallest corrected p = {min(r.p_corrected or 1 for r in self.effects):.2g}), though text can be read "
+            "and the positive control was found."
         )
 
     def _why_insensitive(self) -> str:
@@ -128,8 +128,8 @@ class Verdict:
         else:
             parts.append(
                 f"The largest difference is {_signed(row.value)} ({self._interval(row)}) at {self._where(row)}, "
-                f"{self._condition(row)}, of {family}; a true difference of {_size(row.detectable)} there would have been "
-                "found with a probability of 0.8."
+                f"{self._condition(row)}, of {family}; a true difference of {_size(row.detectable)} there would "
+                "have been found with a probability of 0.8."
             )
         parts.append(self._say_seeds(row))
         return " ".join(parts)
