@@ -258,7 +258,7 @@ def _how(results: ExperimentResults) -> dict[str, str]:
         "Held out": f"{len(experiment.held_out.samples):,} images, each with a seen and an unseen identity at the same "
         f"place; {spec.identities} pairs of identities a seed; prompt “{spec.prompt}”",
         "Probe": f"one L2 logistic probe a layer and position, both identities of a pair held out together, "
-        f"{spec.probe.folds} folds, C chosen inside the training folds, {spec.probe.permutations} shuffles of the pairs",
+        f"{spec.probe.folds} folds, C chosen inside the training folds, {spec.probe.permutations} shuffles",
         "Legibility": "; ".join(
             name_label(r) for r in dict.fromkeys(x.label for x in results.select(READING))
         ),

@@ -6,13 +6,18 @@ together: each cell's difference to r0 and the same of every shuffle. This modul
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mmextract.engine.experiment import CONTROL, Experiment, Run
+from mmextract.engine.identities import FIELDS
 from mmextract.engine.steps import Advance, Step, write_json
+from mmextract.probes.comparison import add_character
 from mmextract.probes.description import DescriptionSettings, describe
 from mmextract.probes.outputs import make_record, write_data
 from mmextract.probes.projections import parse_wishes
@@ -27,13 +32,46 @@ MEMORY, LEGIBILITY, PUBLISHED = "probe", "legibility", "published"
 
 
 def probe_steps(experiment: Experiment, top: Path) -> Iterator[Step]:
-    """Yield the steps of every run, in order; `top` is the experiment's folder."""
+    """Yield the steps of every run, in order; `top` is the experiment's folder.
+
+    Raises ValueError, before anything is trained, for what could not be probed afterwards.
+    """
+    _check(experiment)
     for run in experiment.runs:
         yield _memory(experiment, run, top)
         if experiment.spec.probe.legibility and run.kind != CONTROL:
             yield _legibility(experiment, run, top)
         if run.kind != CONTROL:
             yield _published(experiment, run, top)
+
+
+def _check(experiment: Experiment) -> None:
+    """Raise ValueError for too few identities for the folds, or for a field that tells too few of them apart."""
+    spec = experiment.spec
+    if spec.identities < spec.probe.folds:
+        raise ValueError(
+            f"{spec.identities} identities do not fill {spec.probe.folds} folds: raise `identities`, or lower "
+            "probe.folds"
+        )
+    least = max(spec.probe.folds, 4)
+    for label in spec.probe.legibility:
+        for seed in spec.seeds:
+            people = experiment.marking(seed).unseen
+            columns = {
+                f"identity_{name}": np.array([getattr(p, name) for p in people], object) for name in FIELDS
+            }
+            values = add_character(columns, label, least=least).get(label)
+            counts = Counter(value for value in values if value) if values is not None else Counter()
+            if values is None:
+                raise ValueError(
+                    f"probe.legibility: there is no column {label!r}; there are {', '.join(columns)}, and "
+                    "[0] behind one of them takes its first character"
+                )
+            if len(counts) < 2 or min(counts.values()) < least:
+                raise ValueError(
+                    f"probe.legibility: of {len(people)} unseen identities (seed {seed}), {label} does not give two "
+                    f"classes of {least}, as {spec.probe.folds} folds need: raise `identities`, or choose another field"
+                )
 
 
 def _settings(experiment: Experiment, label: str, seed: int, **others: Any) -> ProbeSettings:

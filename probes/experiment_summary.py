@@ -164,8 +164,8 @@ class Verdict:
             best = max(rows, key=lambda row: row.value)
             found.append(
                 f"Legibility: {name_label(label)} of identities that no model and no probe saw is read with up to "
-                f"{best.value:.0%} accuracy ({self._where(best)}, {name_condition(best)}), where always naming the most "
-                f"frequent one gives {best.chance or 0:.0%}."
+                f"{best.value:.0%} accuracy ({self._where(best)}, {name_condition(best)}), where always naming the "
+                f"most frequent one gives {best.chance or 0:.0%}."
             )
         known, strange = (self.results.select(WORDS, label=name) for name in ("known", "strangers"))
         if known and self.best_control is not None:
@@ -174,8 +174,8 @@ class Verdict:
             found.append(
                 "Positive control: where the identity decides the answer, held-out images of the seen identities are "
                 f"answered with their word in {known[0].value:.0%} (chance {known[0].chance or 0:.0%}){others}; the "
-                f"probe tells seen from unseen better than in r0 by {_signed(row.value)} ({self._interval(row)}; corrected p = "
-                f"{row.p_corrected:.2g}) at {self._where(row)}: {'found' if self.is_control_found else 'not found'}."
+                f"probe tells seen from unseen better than in r0 by {_signed(row.value)} ({self._interval(row)}; "
+                f"corrected p = {row.p_corrected:.2g}) at {self._where(row)}: {'found' if self.is_control_found else 'not found'}."
             )
         return found
 
