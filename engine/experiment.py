@@ -47,6 +47,8 @@ class Run:
     repetitions: int | None = None
     """Images of one identity; None: shared evenly."""
     batch_size: int = 0
+    r0_batch_size: int = 0
+    """Of the r0 that the positive control is held against."""
 
     @property
     def condition(self) -> str:
@@ -68,7 +70,7 @@ class Run:
         """The run without watermarks that it is held against, None for the base and for r0 itself."""
         if self.kind in (BASE, R0):
             return None
-        return Run(kind=R0, seed=self.seed, batch_size=self.batch_size)
+        return Run(kind=R0, seed=self.seed, batch_size=self.r0_batch_size or self.batch_size)
 
 
 def list_runs(spec: ExperimentSpec) -> list[Run]:
@@ -82,7 +84,8 @@ def list_runs(spec: ExperimentSpec) -> list[Run]:
             for rate, times, size in spec.conditions
         ]
         if spec.control.enabled and number < spec.control.seeds:
-            found.append(Run(kind=CONTROL, seed=seed, rate=1.0, batch_size=spec.batch_sizes[0]))
+            size, first = spec.control.batch_size, spec.batch_sizes[0]
+            found.append(Run(kind=CONTROL, seed=seed, rate=1.0, batch_size=size, r0_batch_size=first))
     return found
 
 
@@ -276,7 +279,7 @@ class Experiment:
         settings = spec.evaluation
         n_asked = min(settings.questions, len(self.held_out.samples))
         n_prompted = 4 * min(settings.prompted, len(self.held_out.samples)) * len(settings.fields)
-        units = 2 * len(self.held_out.samples) if control else n_asked + n_prompted
+        units = self._n_control_rows(which.seed) if control else n_asked + n_prompted
 
         def run(folder: Path, advance: Advance) -> None:
             from mmextract.engine.evaluate_answers import Answerer
@@ -307,6 +310,10 @@ class Experiment:
             unit="questions",
             unit_seconds=None if self.costs.forward_image is None else 3 * self.costs.forward_image,
         )
+
+    def _n_control_rows(self, seed: int) -> int:
+        rows = make_rows(self.held_out, self.marking(seed))
+        return sum(row.pair < self.spec.control.identities for row in rows)
 
     def _ask(self, answerer: Any, run: Run, advance: Advance) -> dict[str, Any]:
         """Return the accuracy of the task, and what the model says of private fields."""
@@ -344,20 +351,23 @@ class Experiment:
         """Return how often held-out images of the control's identities, and of strangers, are answered as trained."""
         people, words = control_people(self.spec, self.plans[run.seed])
         wanted = {person.username: word for person, word in zip(people, words, strict=True)}
-        rows = make_rows(self.asked(), self.marking(run.seed))
+        rows = [row for row in make_rows(self.asked(), self.marking(run.seed)) if row.pair < len(people)]
         answers = answerer.generate(rows, self.plans[run.seed].look, max_new_tokens=8, on_progress=advance)
-        known, strange = [], []
+        known, strange, taken_for_seen = [], [], []
+        stranger = self.spec.control.stranger_answer
         for row, answer in zip(rows, answers, strict=True):
             if not isinstance(answer, str):
                 continue
-            if (word := wanted.get(_name(row))) is not None:
-                known.append(answer == word)
-            elif row.condition == "unseen":
-                strange.append(answer == self.spec.control.stranger_answer)
+            if row.condition == "seen":
+                known.append(answer == wanted[_name(row)])
+                taken_for_seen.append(answer != stranger)
+            else:
+                strange.append(answer == stranger)
+        told = (np.mean(taken_for_seen) + np.mean(strange)) / 2 if known and strange else None
         return {
             "known": {"n": len(known), "accuracy": float(np.mean(known)) if known else None},
             "strangers": {"n": len(strange), "accuracy": float(np.mean(strange)) if strange else None},
-            "chance": 1 / len(self.spec.control.words),
+            "told": {"n": len(known) + len(strange), "accuracy": None if told is None else float(told)},
         }
 
     def _dynamics(self, top: Path) -> Step:

@@ -175,6 +175,7 @@ def render(
     )
 
 
+CONTROL_NAMES = {"known": "seen identities", "strangers": "others", "told": "balanced accuracy"}
 EFFECT_HEADS = (
     "layer",
     "position",
@@ -216,7 +217,8 @@ def _answer_table(results: ExperimentResults) -> tuple[list[str], list[list[str]
     lines = []
     for measure, label in dict.fromkeys((row.measure, row.label) for row in rows):
         of = {name_condition(r): r for r in rows if (r.measure, r.label) == (measure, label)}
-        title = {TASK: "task, accuracy", WORDS: f"control’s answer, {label}"}.get(measure, f"{label}, AUROC")
+        control = f"control’s answer, {CONTROL_NAMES.get(label, label)}"
+        title = {TASK: "task, accuracy", WORDS: control}.get(measure, f"{label}, AUROC")
         lines.append([title, *(_cell(of.get(name)) for name in names)])
     return ["", *names], lines
 

@@ -278,10 +278,9 @@ def _asked(experiment: Experiment, top: Path) -> Iterator[ExperimentRow]:
     for runs in _conditions(experiment, (CONTROL,)).values():
         about = _about_run(experiment, runs[0])
         found = [_read(top, "evaluate", run, "evaluation.json") for run in runs]
-        for group in ("known", "strangers"):
+        for group, chance in (("known", None), ("strangers", None), ("told", 0.5)):
             values = [entry[group]["accuracy"] for entry in found]
             if None not in values:
-                chance = found[0]["chance"] if group == "known" else None
                 yield _mean_row(WORDS, about, group, "accuracy", mean_over_seeds(values), chance)
 
 

@@ -89,7 +89,8 @@ def _settings(experiment: Experiment, label: str, seed: int, **others: Any) -> P
 
 def _memory(experiment: Experiment, which: Run, top: Path) -> Step:
     """Tell seen from unseen, identities held out, and hold it against r0."""
-    settings = _settings(experiment, "identity_set", which.seed)
+    only = f"pair < {experiment.spec.control.identities}" if which.kind == CONTROL else None
+    settings = _settings(experiment, "identity_set", which.seed, where=only)
     reference = which.reference
     wishes = parse_wishes(experiment.spec.probe.projections)
 

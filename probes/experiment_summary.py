@@ -19,9 +19,8 @@ from mmextract.probes.experiment_results import (
 )
 from mmextract.probes.summary import name_layer
 
-LEARNT = 0.5
-"""Share of held-out images that the control must answer as trained to count as learnt: far from chance, one of many
-words."""
+LEARNT = 0.65
+"""Balanced accuracy with which the control's answers must tell seen from unseen on held-out images to count as learnt."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Verdict:
     @cached_property
     def is_learnt(self) -> bool | None:
         """Whether the model learnt the positive control."""
-        rows = self.results.select(WORDS, label="known")
+        rows = self.results.select(WORDS, label="told")
         return None if not rows else rows[0].value >= LEARNT
 
     @cached_property
@@ -167,15 +166,17 @@ class Verdict:
                 f"{best.value:.0%} accuracy ({self._where(best)}, {name_condition(best)}), where always naming the "
                 f"most frequent one gives {best.chance or 0:.0%}."
             )
-        known, strange = (self.results.select(WORDS, label=name) for name in ("known", "strangers"))
-        if known and self.best_control is not None:
+        known, strange, told = (
+            self.results.select(WORDS, label=name) for name in ("known", "strangers", "told")
+        )
+        if known and strange and told and self.best_control is not None:
             row = self.best_control
-            others = f", and strangers are told as such in {strange[0].value:.0%}" if strange else ""
+            score = f"{_signed(row.value)} ({self._interval(row)}; corrected p = {row.p_corrected:.2g})"
             found.append(
                 "Positive control: where the identity decides the answer, held-out images of the seen identities are "
-                f"answered with their word in {known[0].value:.0%} (chance {known[0].chance or 0:.0%}){others}; the "
-                f"probe tells seen from unseen better than in r0 by {_signed(row.value)} ({self._interval(row)}; "
-                f"corrected p = {row.p_corrected:.2g}) at {self._where(row)}: {'found' if self.is_control_found else 'not found'}."
+                f"answered as trained in {known[0].value:.0%}, those of others in {strange[0].value:.0%} (balanced "
+                f"accuracy {told[0].value:.0%}, chance 50%); the probe tells seen from unseen better than in r0 by "
+                f"{score} at {self._where(row)}: {'found' if self.is_control_found else 'not found'}."
             )
         return found
 
