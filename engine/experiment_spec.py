@@ -319,7 +319,7 @@ def read_experiment(path: Path | None, preset: str | None = None) -> ExperimentS
     if name not in PRESETS:
         raise ValueError(f"there is no preset {name!r}: the presets are {', '.join(PRESETS)}")
     where = str(path) if path else f"preset {name}"
-    spec = parse(ExperimentSpec, _merge(PRESETS[name], table) | {"preset": name}, where)
+    spec: ExperimentSpec = parse(ExperimentSpec, _merge(PRESETS[name], table) | {"preset": name}, where)
     if path is None:
         return spec
     return replace(

@@ -11,9 +11,9 @@ import warnings
 from pathlib import Path
 
 from mmextract.engine.checkpoints import ADAPTER_CONFIG, ADAPTER_FILE, METADATA_PATTERNS
+from mmextract.engine.files import flush_folder, flush_tree
 from mmextract.engine.finetune_model import Trainee
 from mmextract.engine.finetune_spec import FinetuneSpec
-from mmextract.engine.objects import flush_folder, flush_tree
 
 
 def save_result(out: Path, trainee: Trainee, spec: FinetuneSpec) -> None:

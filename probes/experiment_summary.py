@@ -20,7 +20,7 @@ from mmextract.probes.experiment_results import (
 from mmextract.probes.summary import name_layer
 
 LEARNT = 0.65
-"""Balanced accuracy with which the control's answers must tell seen from unseen on held-out images to count as learnt."""
+"""Balanced accuracy with which the control's answers tell seen from unseen on held-out images if it was learnt."""
 
 
 @dataclass(frozen=True)

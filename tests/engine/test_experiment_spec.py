@@ -9,7 +9,7 @@ import pytest
 
 from mmextract.engine.experiment import Experiment, list_runs
 from mmextract.engine.experiment_data import control_examples, control_people, training_examples
-from mmextract.engine.experiment_spec import PRESETS, ExperimentSpec, read_experiment
+from mmextract.engine.experiment_spec import PRESETS, ControlSpec, ExperimentSpec, read_experiment
 from mmextract.engine.identities import make_identities, write_identities
 from mmextract.probes.experiment_steps import probe_steps
 
@@ -69,7 +69,7 @@ def small(**changed: object) -> ExperimentSpec:
 
 
 def without_control(**changed: object) -> ExperimentSpec:
-    return small(control=read_experiment(None).control.__class__(enabled=False), **changed)
+    return small(control=ControlSpec(enabled=False), **changed)
 
 
 def test_identity_files_that_overlap_are_refused(tmp_path: Path) -> None:
@@ -136,8 +136,8 @@ def test_every_watermarked_run_is_held_against_the_r0_of_its_seed_and_batch_size
             assert names.index(reference.name) < names.index(run.name)
 
 
-def _control(**changed: int) -> object:
-    return type(read_experiment(None).control)(identities=4, exposures=3, **changed)
+def _control(seeds: int = 1) -> ControlSpec:
+    return ControlSpec(identities=4, exposures=3, strangers=0.4, seeds=seeds)
 
 
 def test_in_the_positive_control_the_answer_follows_from_who_is_on_the_image() -> None:
