@@ -7,7 +7,7 @@ together: each cell's difference to r0 and the same of every shuffle. This modul
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from mmextract.engine.experiment import CONTROL, Experiment, Run
-from mmextract.engine.identities import FIELDS
+from mmextract.engine.identities import FIELDS, Identity
+from mmextract.engine.rows import make_rows
 from mmextract.engine.steps import Advance, Step, write_json
 from mmextract.probes.comparison import add_character
 from mmextract.probes.description import DescriptionSettings, describe
@@ -27,6 +28,9 @@ from mmextract.probes.summary import Summary
 
 CELLS = "cells.json"
 """For each layer and position: value, value in r0, difference, its standard error, and those of shuffled labels."""
+
+FEWEST_OF_A_CLASS = 4
+"""Groups of each class that a probe needs, whatever its folds."""
 
 MEMORY, LEGIBILITY, PUBLISHED = "probe", "legibility", "published"
 
@@ -48,30 +52,36 @@ def probe_steps(experiment: Experiment, top: Path) -> Iterator[Step]:
 def _check(experiment: Experiment) -> None:
     """Raise ValueError for too few identities for the folds, or for a field that tells too few of them apart."""
     spec = experiment.spec
-    if spec.identities < spec.probe.folds:
+    least = max(spec.probe.folds, FEWEST_OF_A_CLASS)
+    for number, seed in enumerate(spec.seeds):
+        marking = experiment.marking(seed)
+        shown = sorted({row.pair for row in make_rows(experiment.held_out, marking)})
+        controlled = spec.control.enabled and number < spec.control.seeds
+        wanted = {"": spec.identities, "control.": spec.control.identities if controlled else spec.identities}
+        for where, n in wanted.items():
+            if (n_shown := sum(pair < n for pair in shown)) < least:
+                raise ValueError(
+                    f"{n_shown} of {n} pairs of identities are on held-out images (seed {seed}), and the probe needs "
+                    f"{least}: raise {where}identities or held_out_images, or lower probe.folds"
+                )
+        for label in spec.probe.legibility:
+            _check_label(label, [marking.unseen[pair] for pair in shown], least, seed)
+
+
+def _check_label(label: str, people: Sequence[Identity], least: int, seed: int) -> None:
+    columns = {f"identity_{name}": np.array([getattr(p, name) for p in people], object) for name in FIELDS}
+    values = add_character(columns, label, least=least).get(label)
+    if values is None:
         raise ValueError(
-            f"{spec.identities} identities do not fill {spec.probe.folds} folds: raise `identities`, or lower "
-            "probe.folds"
+            f"probe.legibility: there is no column {label!r}; there are {', '.join(columns)}, and [0] behind one of "
+            "them takes its first character"
         )
-    least = max(spec.probe.folds, 4)
-    for label in spec.probe.legibility:
-        for seed in spec.seeds:
-            people = experiment.marking(seed).unseen
-            columns = {
-                f"identity_{name}": np.array([getattr(p, name) for p in people], object) for name in FIELDS
-            }
-            values = add_character(columns, label, least=least).get(label)
-            counts = Counter(value for value in values if value) if values is not None else Counter()
-            if values is None:
-                raise ValueError(
-                    f"probe.legibility: there is no column {label!r}; there are {', '.join(columns)}, and "
-                    "[0] behind one of them takes its first character"
-                )
-            if len(counts) < 2 or min(counts.values()) < least:
-                raise ValueError(
-                    f"probe.legibility: of {len(people)} unseen identities (seed {seed}), {label} does not give two "
-                    f"classes of {least}, as {spec.probe.folds} folds need: raise `identities`, or choose another field"
-                )
+    counts = Counter(value for value in values if value)
+    if len(counts) < 2 or min(counts.values()) < least:
+        raise ValueError(
+            f"probe.legibility: of {len(people)} unseen identities on held-out images (seed {seed}), {label} does not "
+            f"give two classes of {least}, as the folds need: raise `identities`, or choose another field"
+        )
 
 
 def _settings(experiment: Experiment, label: str, seed: int, **others: Any) -> ProbeSettings:

@@ -1,4 +1,4 @@
-"""`mmextract experiment` from end to end, with the built-in model and few steps: plan, report, and runs that are killed.
+"""`mmextract experiment` from end to end, with the built-in model and few steps: plan, report, runs that are killed.
 
 What a run costs lies in starting torch and in the model; the killed ones are among the faults.
 """
@@ -34,8 +34,8 @@ steps = 4
 checkpoint_steps = 1
 torch_threads = 1
 [control]
-identities = 4
-exposures = 4
+identities = 8
+exposures = 2
 batch_size = 4
 steps = 3
 [probe]

@@ -86,8 +86,10 @@ def test_identity_files_that_overlap_are_refused(tmp_path: Path) -> None:
 
 
 def test_too_few_identities_for_the_probe_are_refused_before_training(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="does not give two classes of 5, as 5 folds need"):
-        list(probe_steps(Experiment(without_control()), tmp_path))
+    with pytest.raises(ValueError, match="does not give two classes of 5, as the folds need"):
+        list(probe_steps(Experiment(without_control(held_out_images=60)), tmp_path))
+    with pytest.raises(ValueError, match="of 4 pairs of identities are on held-out images"):
+        list(probe_steps(Experiment(small(control=_control(), held_out_images=60)), tmp_path))
 
 
 def test_a_fine_tune_is_no_base() -> None:
