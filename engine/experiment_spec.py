@@ -322,14 +322,11 @@ def read_experiment(path: Path | None, preset: str | None = None) -> ExperimentS
     spec: ExperimentSpec = parse(ExperimentSpec, _merge(PRESETS[name], table) | {"preset": name}, where)
     if path is None:
         return spec
-    return replace(
-        spec,
-        **{
-            key: _from_file(path, value)
-            for key in ("model", "data", "held_out", "image_root", "seen", "unseen")
-            if key in table and (value := getattr(spec, key)) is not None
-        },
-    )
+    names = ("model", "data", "held_out", "image_root", "seen", "unseen")
+    places: dict[str, Any] = {
+        key: _from_file(path, str(getattr(spec, key))) for key in names if table.get(key) is not None
+    }
+    return replace(spec, **places)
 
 
 def _from_file(path: Path, value: str) -> str:

@@ -10,17 +10,19 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from mmextract.probes.experiment_results import (
+    APART,
     AUROC,
     MEMORISATION,
     PAPER,
     POSITIVE,
     READING,
+    SEPARABILITY,
     ExperimentResults,
     ExperimentRow,
 )
 from mmextract.probes.experiment_summary import name_condition, name_label
 from mmextract.probes.metrics import FloatArray
-from mmextract.probes.panels import SERIES, SERIES_MARKERS, Band, Line, Panel
+from mmextract.probes.panels import METRIC_NAMES, SERIES, SERIES_MARKERS, Band, Line, Panel
 
 Panels = dict[str, list[tuple[str, list[Panel]]]]
 """Figure → rows of panels, each with what its vertical axis is."""
@@ -46,9 +48,14 @@ def make_panels(results: ExperimentResults) -> Panels:
             ("AUROC less that of r0", _per_position(results, POSITIVE, "no difference", 0.0))
         ],
         "legibility": list(_legibility(results)),
+        "separability": [
+            (METRIC_NAMES[metric], _per_position(results, APART, "shuffled labels", None, metric=metric))
+            for metric in SEPARABILITY
+        ],
         "published": [("accuracy", _per_position(results, PAPER, "majority class", None))],
     }
-    return {name: rows for name, rows in figures.items() if any(panels for _, panels in rows)}
+    shown = {name: [(title, panels) for title, panels in rows if panels] for name, rows in figures.items()}
+    return {name: rows for name, rows in shown.items() if rows}
 
 
 def _legibility(results: ExperimentResults) -> Iterator[tuple[str, list[Panel]]]:

@@ -136,7 +136,7 @@ def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
 def _groups(panels: Panels, layers: list[int]) -> dict[str, Any]:
     return {
         name: {
-            "label": "Field",
+            "label": "Show",
             "options": [option(title, row, layers) for title, row in rows if row],
         }
         for name, rows in panels.items()

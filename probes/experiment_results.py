@@ -20,11 +20,14 @@ from mmextract.probes.experiment_table import Effect, Mean, SeedScores, combine,
 from mmextract.probes.prompting import separate
 
 CONFIDENCE = 0.95
-MEMORISATION, POSITIVE, AUROC, READING, PAPER, TASK, PROMPT, WORDS = (
+MEMORISATION, POSITIVE, AUROC, READING, PAPER, TASK, PROMPT, WORDS, APART = (
     *("memorisation", "positive control", "seen/unseen", "legibility", "published protocol"),
-    *("task accuracy", "prompt baseline", "control's answers"),
+    *("task accuracy", "prompt baseline", "control's answers", "separability"),
 )
 """Measures of the table."""
+
+SEPARABILITY = ("fisher_ratio", "silhouette")
+"""Metrics of separability that are taken over; steps/probe-… have all."""
 
 
 def _about(text: str, default: Any = None) -> Any:
@@ -216,12 +219,26 @@ def _by_layer(experiment: Experiment, top: Path) -> Iterator[ExperimentRow]:
             mean = mean_over_seeds(values, confidence=CONFIDENCE)
             where = {"layer": cell["layer"], "position": cell["position"], "n_pairs": cell["n_groups"]}
             yield _mean_row(AUROC, about | where, "identity_set", "AUROC", mean, 0.5)
+        yield from _separability(about, [_read(top, MEMORY, run, "probe.json") for run in runs])
         if runs[0].kind == CONTROL:
             continue
         for measure, kind in ((READING, LEGIBILITY), (PAPER, PUBLISHED)):
             if measure == READING and not experiment.spec.probe.legibility:
                 continue
             yield from _rows_of(measure, about, [_read(top, kind, run, "rows.json") for run in runs])
+
+
+def _separability(about: Mapping[str, Any], seeds: Sequence[Mapping[str, Any]]) -> Iterator[ExperimentRow]:
+    """Yield how far apart seen and unseen lie without a probe."""
+    for rows in zip(*((record.get("separability") or {"rows": ()})["rows"] for record in seeds), strict=True):
+        if rows[0]["metric"] not in SEPARABILITY or any(row["value"] is None for row in rows):
+            continue
+        own = [(row["low"], row["high"]) if row["low"] is not None else None for row in rows]
+        mean = mean_over_seeds([row["value"] for row in rows], own, confidence=CONFIDENCE)
+        nulls = [row["null_mean"] for row in rows if row["null_mean"] is not None]
+        where = {"layer": rows[0]["layer"], "position": rows[0]["position"], "n_pairs": rows[0]["n_groups"]}
+        chance = float(np.mean(nulls)) if nulls else None
+        yield _mean_row(APART, {**about, **where}, "identity_set", rows[0]["metric"], mean, chance)
 
 
 def _rows_of(

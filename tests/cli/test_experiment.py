@@ -85,7 +85,14 @@ def test_a_run_ends_in_a_report_that_doubts_a_null_without_sensitivity(finished:
     assert record["warnings"][0].endswith("a null of this experiment is no evidence")
     measures = {row["measure"] for row in record["rows"]}
     assert measures == {
-        *("memorisation", "positive control", "seen/unseen", "published protocol", "control's answers")
+        *(
+            "memorisation",
+            "positive control",
+            "seen/unseen",
+            "published protocol",
+            "control's answers",
+            "separability",
+        )
     }
     conditions = {row["condition"] for row in record["rows"]}
     assert conditions == {"base", "r0-b4", "r100-b4", "control"}

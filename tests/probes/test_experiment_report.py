@@ -83,7 +83,15 @@ def test_the_table_is_the_same_in_every_format(remembers: ExperimentResults, pag
 
 
 def test_figures_are_written_as_png_and_svg(page: Path) -> None:
-    for name in ("memorisation", "positive-control", "legibility", "auroc", "published", "projection"):
+    for name in (
+        "memorisation",
+        "positive-control",
+        "legibility",
+        "auroc",
+        "separability",
+        "published",
+        "projection",
+    ):
         with Image.open(page.parent / f"{name}.png") as image:
             assert min(image.size) > 400
         assert (page.parent / f"{name}.svg").read_text().lstrip().startswith("<?xml")
@@ -133,4 +141,4 @@ def test_in_a_browser_it_draws_every_chart_fits_and_complains_of_nothing(
     drawn = browser.evaluate(
         "[...document.querySelectorAll('.chart')].map(c => c.querySelectorAll('.trace').length)"
     )
-    assert len(drawn) == 5 * 2 + 1 and all(drawn)  # five figures of two positions, and a projection
+    assert len(drawn) == 6 * 2 + 1 and all(drawn)  # six figures of two positions, and a projection
