@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types pytest test-faults clean
+.PHONY: demo test lint types pytest test-faults test-kernels clean
 
 demo: .venv/installed
 	$(BIN)/mmextract dump --layers all
@@ -30,6 +30,10 @@ test-faults: .venv/installed-test
 	$(if $(RESUME),,rm -f $(MMEXTRACT_FAULTS_JSON))
 	$(BIN)/pytest tests/engine/test_interoperability.py; interoperable=$$?; \
 	$(BIN)/pytest -n auto --dist worksteal -m faults -rs && exit $$interoperable
+
+# Every filter, mode and shape of the kernels against Pillow and torchvision, in Triton's interpreter.
+test-kernels: .venv/installed-test
+	$(BIN)/pytest -n auto -m kernels tests/kernels
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -149,7 +149,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="bench-store-") as folder:
         scratch = Path(folder)
         states = real_states(options.states, options.vectors, scratch)
         results: dict[str, Any] = {

@@ -43,7 +43,7 @@ def write_ours(states: NDArray[Any], codec: str, path: Path) -> int:
     """Write states as a dump does once the model has given them; return the bytes written."""
     layout = make_layout(states, codec)
     source = torch.from_numpy(states)
-    nothing = torch.zeros(BATCH, dtype=torch.int64)
+    nothing = torch.zeros(BATCH, states.shape[1], dtype=torch.int64)
     with ThreadPoolExecutor(os.cpu_count()) as executor:
         columns = {"sample": [str(i) for i in range(len(states))]}
         writer = open_writer(path, layout, columns, {"run": {}}, executor)
@@ -61,15 +61,14 @@ def write_ours(states: NDArray[Any], codec: str, path: Path) -> int:
                 for start in range(rows.start, rows.stop, BATCH):
                     stop = min(start + BATCH, rows.stop)
                     slot, n = staging.acquire(), stop - start
-                    slot.device = slot.host = source[
-                        start:stop
-                    ]  # on a CPU the model writes where staging reads
+                    # on a CPU the model writes where staging reads
+                    slot.device = slot.host = source[start:stop]
                     done = Done(
                         shard=shard,
                         rows=tuple(range(start - rows.start, stop - rows.start)),
                         records=({"n_tokens": 1},) * n,
                         nonfinite=nothing[:n],
-                        overflow=nothing[:n],
+                        overflow=nothing[:n, 0],
                     )
                     staging.submit(slot, n, done)
         writer.finalise()

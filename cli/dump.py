@@ -25,6 +25,7 @@ _MODEL_FIELDS = (
     "device_map",
     "attn_implementation",
     "trust_remote_code",
+    "preprocess",
 )
 
 
@@ -40,6 +41,13 @@ _MODEL_FIELDS = (
 @click.option("--device-map", help="Spread the model over devices (accelerate): auto, balanced, …")
 @click.option("--attn-implementation", help="eager, sdpa, flash_attention_2, …")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@click.option(
+    "--preprocess",
+    type=click.Choice(("auto", "processor", "cpu", "kernels")),
+    default="auto",
+    show_default=True,
+    help="How images become pixel_values: by the model's processor, or quicker and equal to the bit.",
+)
 @click.option(
     "--layers", default="all", show_default=True, help="all, embed, 0,4,8, 8-15, -1, ::4 and mixtures."
 )
@@ -120,6 +128,7 @@ def dump(data: Path | None, output: str, dry_run: bool, **options: Any) -> int:
     disable_progress_bar()  # transformers' own, of the weights
     note(f"{len(spec.dataset.samples)} samples from {spec.dataset.source}; loading {model}")
     with _computer(spec, where) as (plan, run):
+        _note_preprocessing(plan)
         if dry_run:
             click.echo(json.dumps(_plan_record(plan)) if as_json else _plan_text(plan, output))
             return 0
@@ -191,6 +200,14 @@ def _computer(
         yield plan, lambda output, advance: run_distributed(plan, client, output, advance, note)
 
 
+def _note_preprocessing(plan: DumpPlan) -> None:
+    """Say why a quicker way of making pixel_values than the one taken is not taken."""
+    found = plan.attributes["preprocess"]
+    if found and found["reason"]:
+        way = "the model's processor" if found["path"] == "processor" else "the CPU"
+        note(f"images are preprocessed by {way}: {found['reason']}")
+
+
 def _plan_record(plan: DumpPlan) -> dict[str, Any]:
     layout = plan.layout
     return {
@@ -221,6 +238,8 @@ def _summary_record(summary: DumpSummary, output: str) -> dict[str, Any]:
         "n_samples": summary.n_samples,
         "n_resumed": summary.n_resumed,
         "n_nonfinite": summary.n_nonfinite,
+        "nonfinite_layers": summary.nonfinite_layers,
+        "n_split": summary.n_split,
         "bytes_written": summary.bytes_written,
         "seconds": summary.seconds,
         "stage_seconds": summary.stage_seconds,
@@ -241,5 +260,13 @@ def _summary_text(summary: DumpSummary, output: str) -> str:
         f"bottleneck: {summary.bottleneck} (waited for {shares})",
     ]
     if summary.n_nonfinite:
-        lines.append(f"{summary.n_nonfinite} samples hold a NaN or an infinity: see the column n_nonfinite")
+        layers = ", ".join(f"{layer}: {count:,}" for layer, count in summary.nonfinite_layers.items())
+        lines.append(
+            f"{summary.n_nonfinite} samples hold a NaN or an infinity (by layer: {layers}): see the column n_nonfinite"
+        )
+    if summary.n_split:
+        lines.append(
+            f"{summary.n_split} batches did not fit into the GPU's memory and ran in parts: a smaller --batch-size "
+            "spares the tries"
+        )
     return "\n".join(lines)

@@ -76,19 +76,8 @@ def group() -> None:
 
 
 for command in (
-    dump,
-    probe,
-    watermark,
-    identities,
-    finetune,
-    evaluate,
-    dynamics,
-    experiment,
-    report,
-    info,
-    verify,
-    export,
-    doctor,
+    *(dump, probe, report, watermark, identities),
+    *(finetune, evaluate, dynamics, experiment, info, verify, export, doctor),
 ):
     group.add_command(command)
 
@@ -100,10 +89,10 @@ def _stop(signal_number: int, frame: FrameType | None) -> NoReturn:
 
 def main() -> NoReturn:
     """Run the command line; a user's mistake is one message and an exit code, never a traceback."""
-    signal.signal(signal.SIGTERM, _stop)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have it ignored
-        signal.signal(signal.SIGINT, _stop)
     try:
+        signal.signal(signal.SIGTERM, _stop)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have it ignored
+            signal.signal(signal.SIGINT, _stop)
         result = group.main(standalone_mode=False)
     except (click.Abort, KeyboardInterrupt):
         print("Interrupted. Run the same command again to continue.", file=sys.stderr)

@@ -6,7 +6,7 @@ This module knows nothing about models or images.
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ class Done:
     records: tuple[Mapping[str, int], ...] = ()
     """What was found out about each: field → value. Empty for rejected rows."""
     nonfinite: torch.Tensor | None = None
-    """int [B]: how many values of each are NaN or infinite. None for rejected rows."""
+    """int [B, L]: how many values of each are NaN or infinite, by layer. None for rejected rows."""
     overflow: torch.Tensor | None = None
     """int [B]: how many of these are finite in the model, but too large for the store's dtype."""
     reasons: tuple[str, ...] = ()
@@ -68,6 +68,8 @@ class Assembler:
         self._pool = ThreadPoolExecutor(WRITERS, "mmextract-shards")
         self.bytes_written = 0
         """Bytes of encoded states so far."""
+        self.nonfinite_layers: Counter[int] = Counter()
+        """Samples so far that hold a NaN or an infinity at a layer."""
         self.n_nonfinite = 0
         """Samples so far that hold a NaN or an infinity."""
 
@@ -124,8 +126,11 @@ class Assembler:
                 f"hidden states are too large for {dtype} (row {done.rows[int(done.overflow.argmax())]} of shard "
                 f"{done.shard}): nothing of this shard was written; use --store-dtype float32 or bfloat16"
             )
-        counts = done.nonfinite.tolist()
-        self.n_nonfinite += sum(count > 0 for count in counts)
+        counts = done.nonfinite.sum(1).tolist()
+        if any(counts):
+            self.n_nonfinite += sum(count > 0 for count in counts)
+            with_any = (done.nonfinite > 0).sum(0).tolist()
+            self.nonfinite_layers += Counter(dict(zip(self._writer.layout.layers, with_any, strict=True)))
         shard.states[:, _index(done.rows)] = to_numpy(states).swapaxes(0, 1)
         for row, record, count in zip(done.rows, done.records, counts, strict=True):
             known = {**record, "n_nonfinite": count}

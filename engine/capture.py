@@ -18,7 +18,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from mmextract.engine.models import Adapter, Encoded
+from mmextract.engine.pooling import every_token, make_spans
+from mmextract.engine.preprocess_device import Packed
 from mmextract.engine.selection import EMBED, Position
+from mmextract.kernels.pool import pool
 
 
 class Capture:
@@ -34,9 +37,19 @@ class Capture:
     States of one sample alone are bit for bit those of `model(**inputs, output_hidden_states=True)`. In a
     batch they may differ in the last bits, as transformers' own do: a matrix product sums in another order
     for another number of rows (float32 on a CPU: up to 1.2e-6 of the largest state; tests hold 1e-5).
+
+    with_kernel: pool by kernels/pool.py, on a GPU. What is one token (`last`, an index, `all`) is the same to the
+    bit; a mean is summed token after token in float32, and may differ in its last bits from torch's.
     """
 
-    def __init__(self, adapter: Adapter, layers: Sequence[int], positions: Sequence[Position]) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        layers: Sequence[int],
+        positions: Sequence[Position],
+        *,
+        with_kernel: bool = False,
+    ) -> None:
         valid = range(EMBED, adapter.n_layers)
         if not layers or list(layers) != sorted(set(layers)) or any(layer not in valid for layer in layers):
             raise ValueError(
@@ -47,8 +60,9 @@ class Capture:
         self._layers = tuple(layers)
         self._positions = tuple(positions)
         self._every_token = [position.name for position in positions] == ["all"]
+        self._with_kernel = with_kernel
         self._handles: list[RemovableHandle] = []
-        self._batch: _Batch | None = None
+        self._batch: _Batch | _KernelBatch | None = None
         self.nonfinite: torch.Tensor = torch.empty(0, len(layers), dtype=torch.int32)
         """int32 [B, L] on the buffer's device: values of the last run that are not finite in it."""
         self.overflow: torch.Tensor = torch.empty(0, len(layers), dtype=torch.int32)
@@ -70,22 +84,21 @@ class Capture:
     ) -> None:
         self._remove()
 
-    def run(self, batch: Sequence[Encoded], *, out: torch.Tensor) -> None:
+    def run(self, batch: Sequence[Encoded], *, out: torch.Tensor, packed: Packed | None = None) -> None:
         """Run the model as far as the last wanted layer and fill `out`.
 
-        batch: samples of one `batch_key`. out: floating point [B, L, P, D], every element of which is
-        written. With `all`, P is at least the number of tokens, and what lies beyond is NaN. Pooled means are
-        summed in float32 or better before they are cast. Raises RejectedSample if a sample lacks a position
-        (see `Position.check`), ValueError for a buffer of another shape, RuntimeError if the model does not
-        run its blocks as expected.
+        batch: samples of one `batch_key`. packed: from `Adapter.pack`, if it was called before. out: floating point
+        [B, L, P, D], every element of which is written. With `all`, P is at least the number of tokens, and what
+        lies beyond is NaN. Pooled means are summed in float32 or better before they are cast. Raises RejectedSample
+        if a sample lacks a position (see `Position.check`), ValueError for a buffer of another shape, RuntimeError if
+        the model does not run its blocks as expected.
         """
         if not self._handles:
             raise RuntimeError("use a capture inside its `with` block")
-        inputs = self._adapter.collate(batch)
+        inputs = self._adapter.collate(batch, packed)
         self._check_buffer(batch, out)
-        spans = [] if self._every_token else _make_spans(self._positions, batch, self._adapter.device)
-        overflow = torch.zeros(out.shape[:2], dtype=torch.int32, device=out.device)
-        self._batch = _Batch(n_tokens=batch[0].n_tokens, spans=spans, out=out, overflow=overflow)
+        make = _KernelBatch if self._with_kernel else _Batch
+        self._batch = make(batch, self._positions, out)
         try:
             self._adapter.forward(inputs)
         except _EnoughError:
@@ -95,12 +108,7 @@ class Capture:
         if done.n_layers_seen != len(self._layers):
             model = type(self._adapter.model).__name__
             raise RuntimeError(f"{model} ran {done.n_layers_seen} of the {len(self._layers)} wanted layers")
-        kept = out
-        if self._every_token:
-            out[:, :, batch[0].n_tokens :] = torch.nan
-            kept = out[:, :, : batch[0].n_tokens]
-        self.nonfinite = kept.isfinite().logical_not_().sum(dim=(2, 3), dtype=torch.int32)
-        self.overflow = overflow
+        self.nonfinite, self.overflow = done.counts()
 
     def _check_buffer(self, batch: Sequence[Encoded], out: torch.Tensor) -> None:
         n_positions = max(out.shape[2], batch[0].n_tokens) if self._every_token and out.ndim == 4 else None
@@ -168,18 +176,17 @@ class _Span:
         return chosen.mean(1, dtype=torch.promote_types(states.dtype, torch.float32))
 
 
-@dataclass
-class _Batch:
+class _Running:
     """What the hooks need to know of the batch that is running."""
 
-    n_tokens: int
-    spans: Sequence[_Span]
-    out: torch.Tensor
-    overflow: torch.Tensor
-    n_layers_seen: int = 0
+    def __init__(self, batch: Sequence[Encoded], positions: Sequence[Position], out: torch.Tensor) -> None:
+        self.n_tokens = batch[0].n_tokens
+        self.every_token = [position.name for position in positions] == ["all"]
+        self.out = out
+        self.n_layers_seen = 0
 
-    def take(self, index: int, states: torch.Tensor) -> None:
-        """Pool the states [B, T, D] of the index-th wanted layer into the buffer."""
+    def begin(self, index: int, states: torch.Tensor) -> None:
+        """Check that `states` are [B, T, D], and of the layer that is due."""
         expected = (self.out.shape[0], self.n_tokens, self.out.shape[3])
         if tuple(states.shape) != expected or index != self.n_layers_seen:
             raise RuntimeError(
@@ -187,10 +194,31 @@ class _Batch:
                 f"the {index}th gave {tuple(states.shape)}"
             )
         self.n_layers_seen += 1
+
+
+class _Batch(_Running):
+    """Pools by torch's own operations, on any device."""
+
+    def __init__(self, batch: Sequence[Encoded], positions: Sequence[Position], out: torch.Tensor) -> None:
+        super().__init__(batch, positions, out)
+        self.spans = [] if self.every_token else _make_spans(positions, batch, out.device)
+        self.overflow = torch.zeros(out.shape[:2], dtype=torch.int32, device=out.device)
+
+    def take(self, index: int, states: torch.Tensor) -> None:
+        """Pool the states [B, T, D] of the index-th wanted layer into the buffer."""
+        self.begin(index, states)
         if not self.spans:
             self._write(slice(None), index, slice(self.n_tokens), states)
         for span in self.spans:
             self._write(span.rows, index, span.position, span.pool(states))
+
+    def counts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return how many values are not finite, and how many were in the model, int32 [B, L]; complete the buffer."""
+        kept = self.out
+        if self.every_token:
+            self.out[:, :, self.n_tokens :] = torch.nan
+            kept = self.out[:, :, : self.n_tokens]
+        return kept.isfinite().logical_not_().sum(dim=(2, 3), dtype=torch.int32), self.overflow
 
     def _write(
         self, rows: torch.Tensor | slice, layer: int, position: int | slice, values: torch.Tensor
@@ -200,6 +228,31 @@ class _Batch:
         if torch.finfo(cast.dtype).max < torch.finfo(values.dtype).max:
             lost = cast.isinf() & values.to(cast.device).isfinite()
             self.overflow[rows, layer] += lost.flatten(1).sum(1, dtype=torch.int32)
+
+
+class _KernelBatch(_Running):
+    """Pools by one kernel a layer, which counts on the way."""
+
+    def __init__(self, batch: Sequence[Encoded], positions: Sequence[Position], out: torch.Tensor) -> None:
+        super().__init__(batch, positions, out)
+        if self.every_token:
+            self.spans = every_token(len(batch), self.n_tokens, out.shape[2], out.device)
+        else:
+            masks = [encoded.image_mask for encoded in batch]
+            tokens = [[position.tokens(mask) for mask in masks] for position in positions]
+            self.spans = make_spans(tokens, out.device)
+        self.counted = torch.zeros(
+            (out.shape[1], out.shape[0], 2), dtype=torch.int32, device=out.device
+        )  # [L, B, 2]
+
+    def take(self, index: int, states: torch.Tensor) -> None:
+        """Pool the states [B, T, D] of the index-th wanted layer into the buffer."""
+        self.begin(index, states)
+        pool(states, self.spans, out=self.out[:, index].transpose(0, 1), counts=self.counted[index])
+
+    def counts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return how many values are not finite, and how many were in the model, int32 [B, L]."""
+        return self.counted[..., 0].T, self.counted[..., 1].T
 
 
 def _make_spans(positions: Sequence[Position], batch: Sequence[Encoded], device: torch.device) -> list[_Span]:

@@ -281,14 +281,14 @@ def _installed(client: Client, plugin: JobPlugin) -> Iterator[str]:
 
     Leaving by an exception leaves it there: a worker that is stopped would not answer.
     """
-    _tell_workers(lambda: client.register_plugin(plugin, name=plugin.name))
+    _tell_workers(client, lambda: client.register_plugin(plugin, name=plugin.name))
     # a shard of small states has many rows
     with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1GB"}):
         yield plugin.name
-    _tell_workers(lambda: client.unregister_worker_plugin(plugin.name))
+    _tell_workers(client, lambda: client.unregister_worker_plugin(plugin.name))
 
 
-def _tell_workers(tell: Callable[[], object]) -> None:
+def _tell_workers(client: Client, tell: Callable[[], object]) -> None:
     """Call what is broadcast to all workers, again if one of them dies just then."""
     for attempts_left in reversed(range(ATTEMPTS_TO_TELL)):
         try:
@@ -298,6 +298,10 @@ def _tell_workers(tell: Callable[[], object]) -> None:
             if not attempts_left:
                 raise _scheduler_lost() from error
             time.sleep(1)
+        except AttributeError as error:
+            if client.scheduler is not None:
+                raise
+            raise _scheduler_lost() from error  # it was lost before this began
 
 
 def _wait_until_visible(writer: StoreWriter, n_shards: int) -> None:

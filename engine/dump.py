@@ -15,9 +15,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from mmextract.engine import pooling
 from mmextract.engine.completion import complete
 from mmextract.engine.images import RejectedSample, measure
 from mmextract.engine.layout import Layout
@@ -97,6 +97,10 @@ class ModelFacts:
     """The type of device that it is on."""
     torch_threads: int | None
     """Threads that torch computes in; None where that makes no difference."""
+    preprocessing: Mapping[str, Any] | None
+    """See `Preprocessing.describe`; None for a model that takes no images."""
+    kernel_pooling: bool
+    """Whether the pooling kernel takes the states, rather than torch."""
     description: Mapping[str, Any]
     """See `Adapter.describe`."""
 
@@ -110,6 +114,7 @@ class DumpPlan:
     layout: Layout
     positions: tuple[Position, ...]
     attributes: Mapping[str, Any]
+    kernel_pooling: bool = False
 
     @property
     def bytes_per_sample(self) -> int:
@@ -127,6 +132,7 @@ class DumpPlan:
             watermark=self.spec.marking.spec if self.spec.marking else None,
             batch_size=self.spec.batch_size,
             threads=self.spec.threads,
+            kernel_pooling=self.kernel_pooling,
         )
 
     def shard_rows(self, shard: int) -> ShardRows:
@@ -151,6 +157,10 @@ class DumpSummary:
     """Sample id → why it has no states, for the whole store."""
     n_nonfinite: int = 0
     """Samples of this run that hold a NaN or an infinity."""
+    nonfinite_layers: Mapping[int, int] = field(default_factory=dict)
+    """Layer → samples of this run that hold one there."""
+    n_split: int = 0
+    """Batches of this run that the GPU had no room for, and that ran in parts."""
     stage_seconds: dict[str, float] = field(default_factory=dict)
     """How long the run waited for each stage."""
 
@@ -181,6 +191,10 @@ def find_facts(adapter: Adapter) -> ModelFacts:
         dtype=str(adapter.dtype).removeprefix("torch."),
         device=adapter.device.type,
         torch_threads=torch.get_num_threads() if adapter.device.type == "cpu" else None,
+        preprocessing=adapter.preprocessing.describe() if adapter.has_vision else None,
+        kernel_pooling=adapter.spec.device_map is None
+        and adapter.device.type == "cuda"
+        and pooling.serves(adapter.device, adapter.dtype),
         description=adapter.describe(),
     )
 
@@ -220,6 +234,7 @@ def make_plan(spec: DumpSpec, facts: ModelFacts, measure_longest: Callable[[Sequ
         layout=layout,
         positions=positions,
         attributes=_make_attributes(spec, facts, layout),
+        kernel_pooling=facts.kernel_pooling,
     )
 
 
@@ -238,9 +253,13 @@ def _make_attributes(spec: DumpSpec, facts: ModelFacts, layout: Layout) -> dict[
         "shard_samples": layout.shard_samples,
         "device": facts.device,
     }
+    if facts.kernel_pooling and not {"mean", "image", "prompt"}.isdisjoint(spec.positions):
+        run["pooling"] = "kernel"  # its means differ from torch's in the last bits
     # what a run finds in the store it goes by, on whatever machine it is continued: the last bits depend on it
     threads = facts.torch_threads and (spec.torch_threads or facts.torch_threads)
-    return {"run": run, "source": source, "torch_threads": threads}
+    # how pixel_values were made is told, but is no part of the run: every way makes the same ones, or is not taken
+    preprocess = facts.preprocessing and dict(facts.preprocessing)
+    return {"run": run, "source": source, "torch_threads": threads, "preprocess": preprocess}
 
 
 def run_dump(
@@ -290,6 +309,8 @@ def run_with(
         n_resumed=sum(len(plan.layout.rows(shard)) for shard in committed),
         bytes_written=written.bytes_written,
         n_nonfinite=written.n_nonfinite,
+        nonfinite_layers=dict(sorted(written.nonfinite_layers.items())),
+        n_split=written.n_split,
         stage_seconds=written.stage_seconds,
         rejected={plan.rows[row].id: reason for row, reason in reasons.items()},
         seconds=time.perf_counter() - started,
@@ -303,12 +324,11 @@ def find_torch_threads(writer: StoreWriter) -> int | None:
 
 
 def longest(rows: Sequence[Row], adapter: Adapter, threads: int) -> int:
-    """Return the number of tokens of the longest sample: exact, from its text and a blank image of its size."""
+    """Return the number of tokens of the longest sample: exact, from its text and the size of its image."""
 
     @lru_cache(maxsize=1 << 20)
     def n_tokens(text: str, size: tuple[int, int] | None) -> int:
-        blank = None if size is None else np.zeros((size[1], size[0], 3), np.uint8)
-        return adapter.encode(text, blank).n_tokens
+        return adapter.count_tokens(text, None if size is None else (size[1], size[0]))
 
     def measured(row: Row) -> int:
         image = row.sample.image

@@ -158,7 +158,7 @@ class Answerer:
         model, device = self.adapter.model, self.adapter.device
         keeps = {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
         with torch.inference_mode():
-            prompt = model(**self._moved(encoded.inputs), use_cache=True, **keeps)
+            prompt = model(**self._moved(self.adapter.collate([encoded])), use_cache=True, **keeps)
             first = prompt.logits[0, -1].float().log_softmax(-1)  # [V]
             results = [float(first[ending[0]]) for ending in endings]
             longer = [place for place, ending in enumerate(endings) if len(ending) > 1]

@@ -4,9 +4,9 @@ Does it name the field, and does it find the true value likelier than other peop
 exposure (Carlini et al. 2019, The Secret Sharer): log2 of the number of candidates less log2 of the true value's rank
 among them. For both identities of pair k the candidates are the true value and the values of the *unseen* identities
 other than the k-th: people that no model was trained on, the same ones for both. On a marked image a model that reads
-finds the truth without remembering it; on the same image without the watermark reading is ruled out, and what is left is
-whether the values of people who were seen are likelier. This module knows nothing about how the two are told apart by
-these numbers.
+finds the truth without remembering it; on the same image without the watermark reading is ruled out, and what is left
+is whether the values of people who were seen are likelier. This module knows nothing about how the two are told apart
+by these numbers.
 """
 
 from __future__ import annotations

@@ -42,8 +42,9 @@ class Checkpoints:
         tensors = collect(parameters, optimizer)
         target = self.folder / f"step-{step:08d}.safetensors"
         temporary = self.folder / f".{target.name}.{uuid.uuid4().hex}.partial"
-        make_folders(self.folder, self.folder.parent)
         with naming(target):
+            for changed in make_folders(self.folder, self.folder.parent):
+                flush_folder(changed)
             try:
                 save_file(tensors, temporary, {"step": str(step), "xxh3_128": _digest(tensors)})
                 with temporary.open("rb") as file:

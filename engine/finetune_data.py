@@ -79,12 +79,14 @@ class Preparer:
             raise RejectedSample(
                 f"it has {encoded.n_tokens} tokens, and --max-length is {self.max_length}: answers are never cut"
             )
-        ids = encoded.inputs["input_ids"][0]
+        inputs = self.adapter.collate([encoded])  # also makes the pixel_values that wait for the device
+        assert pixels is None or inputs.keys() - PER_TOKEN, "the image is not among the inputs"
+        ids = inputs["input_ids"][0]
         labels = torch.full_like(ids, IGNORED)
         for start, end in answered.spans:
             begin, stop = self._locate(answered.text, start, end, ids)
             labels[begin:stop] = ids[begin:stop]
-        return Prepared(inputs=encoded.inputs, labels=labels)
+        return Prepared(inputs=inputs, labels=labels)
 
     def _locate(self, text: str, start: int, end: int, ids: torch.Tensor) -> tuple[int, int]:
         """Return the tokens [begin, stop) of `ids` that the characters [start, end) of `text` became.

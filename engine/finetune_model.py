@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from mmextract.engine.finetune_spec import FinetuneSpec
+from mmextract.engine.loading import choose_device
 from mmextract.engine.models import Adapter, load
 from mmextract.engine.parts import decoder_blocks, find_projectors, part_of
 
@@ -63,14 +64,18 @@ def make_trainee(spec: FinetuneSpec) -> Trainee:
 
 
 def _load_base(spec: FinetuneSpec) -> Adapter:
+    model = spec.model
+    if choose_device(model.device).type != "cpu":
+        # examples are prepared in threads and kept on the host, so no kernels of the device may be a part of it
+        model = replace(model, preprocess="processor")
     if spec.full or spec.precision == "float32":
-        return load(replace(spec.model, dtype="float32"))
-    adapter = load(spec.model)
+        return load(replace(model, dtype="float32"))
+    adapter = load(model)
     if adapter.dtype != torch.float16:
         return adapter
     # float16 has too little range for gradients, and under autocast it would be mixed with bfloat16
     del adapter
-    return load(replace(spec.model, dtype="bfloat16"))
+    return load(replace(model, dtype="bfloat16"))
 
 
 def _add_lora(model: Any, spec: FinetuneSpec) -> Any:

@@ -74,12 +74,11 @@ class Requests:
 
         with self._lock:
             if self._loop is None:
-                loop = asyncio.new_event_loop()
-                threading.Thread(target=loop.run_forever, name="mmextract-requests", daemon=True).start()
-                loop.call_soon_threadsafe(
-                    self._plan_to_leave
-                )  # if that was asked for before there was a loop
-                self._loop = loop
+                self._loop = asyncio.new_event_loop()  # before its thread, which looks for it
+                self._loop.call_soon(self._plan_to_leave)  # if that was asked for before there was a loop
+                threading.Thread(
+                    target=self._loop.run_forever, name="mmextract-requests", daemon=True
+                ).start()
             return self._loop
 
     def _plan_to_leave(self) -> None:

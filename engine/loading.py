@@ -18,6 +18,7 @@ import torch
 from mmextract.engine.checkpoints import Weights, check_base, find_adapter, find_folder, find_weights
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+PREPROCESS = ("auto", "processor", "cpu", "kernels")
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 TOKENIZER_FILES = (
@@ -46,12 +47,16 @@ class ModelSpec:
     """Such as `eager`, `sdpa` or `flash_attention_2`; None is transformers' own choice."""
     trust_remote_code: bool = False
     """Run Python files that come with the model."""
+    preprocess: str = "auto"
+    """One of PREPROCESS: how images become pixel_values, which are the same in each way."""
 
     def __post_init__(self) -> None:
         if not self.model:
             raise ValueError("expected a model folder or a hub id, got an empty string")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.preprocess not in PREPROCESS:
+            raise ValueError(f"preprocess must be one of {', '.join(PREPROCESS)}, got {self.preprocess!r}")
         if self.device_map is not None and self.device != "auto":
             raise ValueError(
                 f"give either a device or a device map, got {self.device!r} and {self.device_map!r}"

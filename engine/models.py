@@ -10,12 +10,13 @@ import copy
 import inspect
 import json
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from PIL import Image
@@ -23,8 +24,12 @@ from torch import nn
 
 from mmextract.engine.images import RejectedSample
 from mmextract.engine.loading import Loaded, ModelSpec, choose_device, load_model
+from mmextract.engine.preprocess import Size
+from mmextract.engine.preprocess_choice import Preprocessing, choose
+from mmextract.engine.preprocess_device import Packed, Waiting
 from mmextract.engine.prompts import Answered, ChatFormat
 from mmextract.engine.samples import Turn
+from mmextract.engine.watermark import Stamp
 from mmextract.kernels.reference import Uint8Array
 
 __all__ = ["Adapter", "Encoded", "ModelSpec", "load"]
@@ -38,16 +43,24 @@ class Encoded:
     """One sample as the model takes it."""
 
     inputs: dict[str, torch.Tensor]
-    """What the processor returns for a batch of one, on the CPU; `input_ids` is int64 [1, T]."""
+    """What the processor returns for a batch of one, on the CPU; `input_ids` is int64 [1, T]. Without pixel_values
+    if there is an image in waiting."""
     n_tokens: int
     """T, image tokens included."""
     image_mask: torch.Tensor
     """bool [T], true at image tokens."""
+    waiting: Waiting | None = None
+    """Its image, if pixel_values are made of it on the device, when its batch runs."""
+    pixel_shape: tuple[int, ...] | None = None
+    """The shape of the pixel_values of an image in waiting."""
 
     @property
     def batch_key(self) -> Hashable:
         """Equal for samples that can share a forward pass: same length, inputs and trailing shapes."""
-        return self.n_tokens, tuple((name, t.dtype, t.shape[1:]) for name, t in sorted(self.inputs.items()))
+        shapes = {name: tuple(value.shape[1:]) for name, value in self.inputs.items()}
+        if self.pixel_shape is not None:
+            shapes["pixel_values"] = self.pixel_shape[1:]
+        return self.n_tokens, tuple(sorted(shapes.items()))
 
 
 class Adapter:
@@ -81,6 +94,11 @@ class Adapter:
             loaded.tokenizer.convert_ids_to_tokens(self._image_token_id) if self.has_vision else None
         )
         self._chat = ChatFormat(loaded.tokenizer, loaded.processor, image_token)
+        self.preprocessing = Preprocessing(path="processor")
+        """How images become pixel_values."""
+        if self.has_vision:
+            asked = (loaded.spec.preprocess, loaded.processor, self.device, self.dtype)
+            self.preprocessing = choose(*asked)
         self._base = self.model.base_model
         self._takes = frozenset(inspect.signature(self._base.forward).parameters)
 
@@ -108,44 +126,90 @@ class Adapter:
         """Where the checkpoint lies."""
         return self._loaded.weights.folder
 
-    def encode(self, text: str, pixels: Uint8Array | None) -> Encoded:
+    def encode(self, text: str, pixels: Uint8Array | None, stamp: Stamp | None = None) -> Encoded:
         """Turn a rendered prompt and its image into the model's inputs, without padding or truncation.
 
-        text: from `render`. pixels: uint8 [H, W, 3], or None for a sample without image. Raises
-        RejectedSample for an image without a place in the text or the other way round, for what the processor
+        text: from `render`. pixels: uint8 [H, W, 3], or None for a sample without image; `stamp` is laid on them.
+        Raises RejectedSample for an image without a place in the text or the other way round, for what the processor
         refuses (such as an image of an extreme shape), and for a prompt that is longer than the model takes.
         """
         if pixels is not None and not self.has_vision:
             raise RejectedSample("it has an image, but this model takes none")
+        text_inputs = None if pixels is None else self._expand(text, (pixels.shape[0], pixels.shape[1]))
+        if pixels is not None and text_inputs is not None:
+            return self._with_pixels(self._checked(text_inputs, True), pixels, stamp)
+        marked = pixels if pixels is None or stamp is None else stamp.on(pixels)
+        return self._checked(self._process(text, marked), pixels is not None)
+
+    def count_tokens(self, text: str, size: Size | None) -> int:
+        """Return how many tokens a rendered prompt has with an image of (height, width). Raises as `encode` does."""
+        text_inputs = None if size is None else self._expand(text, size)
+        if text_inputs is not None:
+            return self._checked(text_inputs, True).n_tokens
+        return self.encode(text, None if size is None else np.zeros((*size, 3), np.uint8)).n_tokens
+
+    def _expand(self, text: str, size: Size) -> dict[str, torch.Tensor] | None:
+        """Return the inputs less pixel_values of a prompt with an image of this size; None: ask the processor."""
+        chosen = self.preprocessing
+        if chosen.host is None or chosen.expander is None or not chosen.expander.takes(text):
+            return None
+        try:
+            output = chosen.host.plan.geometry(*size).window[2:]
+        except ValueError as error:
+            raise _refusal(error) from error
+        return chosen.expander.expand(text, output, self._adds_special_tokens(text))
+
+    def _with_pixels(self, encoded: Encoded, pixels: Uint8Array, stamp: Stamp | None) -> Encoded:
+        """Add pixel_values, or the image that they are made of later."""
+        host, device = self.preprocessing.host, self.preprocessing.device
+        assert host is not None
+        if device is not None and (waiting := device.wait(pixels, stamp)) is not None:
+            return replace(encoded, waiting=waiting, pixel_shape=device.shape(waiting))
+        values = host.pixel_values(pixels if stamp is None else stamp.on(pixels))
+        return replace(encoded, inputs={**encoded.inputs, "pixel_values": values})
+
+    def _process(self, text: str, pixels: Uint8Array | None) -> dict[str, Any]:
+        """Call the processor, or the tokenizer of a text model."""
         options: dict[str, Any] = {"padding": False, "truncation": False, "return_tensors": "pt"}
         options["add_special_tokens"] = self._adds_special_tokens(text)
         processor = self._loaded.processor
         if processor is None:
-            raw = self._loaded.tokenizer([text], **options)
-        else:
-            # as a Pillow image: an array of 3 rows would be taken for one with the channels first
-            images = None if pixels is None else [Image.fromarray(pixels)]
-            try:
-                raw = processor(text=[text], images=images, **options)
-            except ValueError as error:
-                raise RejectedSample(f"the model's processor refuses it: {error}") from error
-        inputs = {
-            name: value for name, value in raw.items() if name != "token_type_ids" or name in self._takes
-        }
-        return self._checked(inputs, pixels is not None)
+            return self._taken(self._loaded.tokenizer([text], **options))
+        # as a Pillow image: an array of 3 rows would be taken for one with the channels first
+        images = None if pixels is None else [Image.fromarray(pixels)]
+        try:
+            return self._taken(processor(text=[text], images=images, **options))
+        except ValueError as error:
+            raise _refusal(error) from error
 
-    def collate(self, batch: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+    def _taken(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in raw.items() if name != "token_type_ids" or name in self._takes}
+
+    def pack(self, batch: Sequence[Encoded]) -> Packed | None:
+        """Lay out a batch's images in waiting for the device; any thread may do so before `collate`."""
+        device, waiting = self.preprocessing.device, [encoded.waiting for encoded in batch if encoded.waiting]
+        return device.pack(waiting) if device is not None and waiting else None
+
+    def collate(self, batch: Sequence[Encoded], packed: Packed | None = None) -> dict[str, torch.Tensor]:
         """Join samples of one `batch_key` along dimension 0; nothing is ever padded.
 
         For patches [n, d] (Qwen2-VL) that puts the images' patches one after another, with one row of
-        `image_grid_thw` an image; for pixels [1, C, H, W] (LLaVA) it stacks them. Raises ValueError for none,
-        or for samples that cannot share a forward pass.
+        `image_grid_thw` an image; for pixels [1, C, H, W] (LLaVA) it stacks them. packed: from `pack`, if it was
+        called before. Images in waiting become pixel_values on the device. Raises ValueError for none, or for
+        samples that cannot share a forward pass; torch.OutOfMemoryError if the device has no room for them.
         """
         if len({encoded.batch_key for encoded in batch}) != 1:
             lengths = sorted({encoded.n_tokens for encoded in batch})
             raise ValueError(f"a batch needs samples of one batch_key, got {len(batch)} of {lengths} tokens")
-        names = batch[0].inputs
-        return {name: torch.cat([encoded.inputs[name] for encoded in batch]) for name in names}
+        names = [name for name in batch[0].inputs if name != "pixel_values"]
+        joined = {name: torch.cat([encoded.inputs[name] for encoded in batch]) for name in names}
+        packed = packed or self.pack(batch)
+        if packed is not None:
+            assert self.preprocessing.device is not None
+            joined["pixel_values"] = _merge(batch, self.preprocessing.device.run(packed))
+        elif "pixel_values" in batch[0].inputs:
+            joined["pixel_values"] = torch.cat([encoded.inputs["pixel_values"] for encoded in batch])
+        return joined
 
     def forward(self, inputs: Mapping[str, torch.Tensor]) -> None:
         """Run the model without LM head and KV cache, for the sake of the hooks on it.
@@ -220,6 +284,25 @@ class Adapter:
                 else "its text wants an image"
             )
         return Encoded(inputs=inputs, n_tokens=n_tokens, image_mask=image_mask)
+
+
+def _refusal(error: ValueError) -> RejectedSample:
+    return RejectedSample(f"the model's processor refuses it: {error}")
+
+
+def _merge(batch: Sequence[Encoded], made: torch.Tensor) -> torch.Tensor:
+    """Put pixel_values that were made on the device where the batch has images in waiting, among those it has."""
+    if all(encoded.waiting for encoded in batch):
+        return made
+    parts, done = [], 0
+    for encoded in batch:
+        if encoded.waiting is None:
+            parts.append(encoded.inputs["pixel_values"].to(made.device, made.dtype))
+            continue
+        assert encoded.pixel_shape is not None
+        parts.append(made[done : done + encoded.pixel_shape[0]])
+        done += encoded.pixel_shape[0]
+    return torch.cat(parts)
 
 
 def load(spec: ModelSpec) -> Adapter:

@@ -8,7 +8,7 @@ is planned, nor about where its shards are computed.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,11 +24,13 @@ from mmextract.engine.assembly import Assembler, Done
 from mmextract.engine.capture import Capture
 from mmextract.engine.images import RejectedSample, decode
 from mmextract.engine.layout import Layout
+from mmextract.engine.memory import Parts
 from mmextract.engine.models import Adapter, Encoded
+from mmextract.engine.preprocess_device import Packed
 from mmextract.engine.rows import Row
 from mmextract.engine.selection import Position
 from mmextract.engine.staging import Staging
-from mmextract.engine.watermark import WatermarkSpec
+from mmextract.engine.watermark import Stamp, WatermarkSpec
 from mmextract.engine.writer import StoreWriter
 
 Item = TypeVar("Item")
@@ -47,6 +49,8 @@ class Recipe:
     """Most samples of a forward pass; all have the same number of tokens."""
     threads: int
     """Threads that decode and encode."""
+    kernel_pooling: bool = False
+    """Whether the pooling kernel takes the states, rather than torch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,10 @@ class Written:
     """Bytes of encoded states."""
     n_nonfinite: int = 0
     """Samples that hold a NaN or an infinity."""
+    nonfinite_layers: Counter[int] = field(default_factory=Counter)
+    """Of these, how many do at a layer."""
+    n_split: int = 0
+    """Batches that the GPU had no room for, and that ran in parts."""
     stage_seconds: dict[str, float] = field(default_factory=dict)
     """How long was waited for each stage."""
 
@@ -73,6 +81,8 @@ class Written:
         """Add what was done for other shards."""
         self.bytes_written += other.bytes_written
         self.n_nonfinite += other.n_nonfinite
+        self.nonfinite_layers += other.nonfinite_layers
+        self.n_split += other.n_split
         for stage, seconds in other.stage_seconds.items():
             self.stage_seconds[stage] = self.stage_seconds.get(stage, 0.0) + seconds
 
@@ -111,12 +121,13 @@ def write_shards(
     dtype = getattr(torch, layout.dtype)
     started = time.perf_counter()
     forward_seconds = 0.0
+    parts = Parts(recipe.batch_size)
     with (
         Assembler(writer, on_progress) as assembler,
-        Capture(adapter, layout.layers, recipe.positions) as capture,
+        Capture(adapter, layout.layers, recipe.positions, with_kernel=recipe.kernel_pooling) as capture,
         Staging(assembler.consume, shape=shape, dtype=dtype, device=adapter.device) as staging,
     ):
-        for shard, batch in _batches(recipe, adapter, shards, writer.executor):
+        for shard, batch, packed in _packed(recipe, adapter, shards, writer.executor):
             places = tuple(item.place for item in batch)
             refusals = [item.reason for item in batch if isinstance(item, _Refused)]
             if refusals:
@@ -125,13 +136,13 @@ def write_shards(
             ready = [item for item in batch if isinstance(item, _Ready)]
             slot = staging.acquire()
             before = time.perf_counter()
-            capture.run([item.encoded for item in ready], out=slot.device[: len(ready)])
+            nonfinite, overflow = _capture(capture, parts, ready, packed, slot.device)
             done = Done(
                 shard=shard,
                 rows=places,
                 records=tuple(item.record for item in ready),
-                nonfinite=capture.nonfinite.sum(1),
-                overflow=capture.overflow.sum(1),
+                nonfinite=nonfinite,
+                overflow=overflow,
             )
             staging.submit(slot, len(ready), done)
             forward_seconds += time.perf_counter() - before
@@ -145,8 +156,26 @@ def write_shards(
     return Written(
         bytes_written=assembler.bytes_written,
         n_nonfinite=assembler.n_nonfinite,
+        nonfinite_layers=assembler.nonfinite_layers,
+        n_split=parts.n_split,
         stage_seconds=stage_seconds,
     )
+
+
+def _capture(
+    capture: Capture, parts: Parts, ready: Sequence[_Ready], packed: Packed | None, out: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fill the first rows of `out` with states; return how many are not finite, int32 [B, L], and overflow, [B]."""
+    batch = [item.encoded for item in ready]
+
+    def run(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        is_whole = rows == slice(0, len(batch))
+        capture.run(batch[rows], out=out[rows], packed=packed if is_whole else None)
+        return capture.nonfinite.clone(), capture.overflow.sum(1)
+
+    found = parts.run(batch[0].batch_key, len(batch), run)
+    nonfinite, overflow = zip(*found, strict=True)
+    return torch.cat(nonfinite), torch.cat(overflow)
 
 
 @contextmanager
@@ -179,6 +208,23 @@ def in_order(
     finally:
         for future in begun:
             future.cancel()
+
+
+def _packed(
+    recipe: Recipe, adapter: Adapter, shards: Iterable[ShardRows], executor: ThreadPoolExecutor
+) -> Iterator[tuple[int, Sequence[_Ready | _Refused], Packed | None]]:
+    """Yield what `_batches` does, the images that the device is to preprocess laid out in threads."""
+
+    def pack(
+        work: tuple[int, Sequence[_Ready | _Refused]],
+    ) -> tuple[int, Sequence[_Ready | _Refused], Packed | None]:
+        shard, batch = work
+        return shard, batch, adapter.pack([item.encoded for item in batch if isinstance(item, _Ready)])
+
+    batches = _batches(recipe, adapter, shards, executor)
+    if adapter.preprocessing.device is None:
+        return map(pack, batches)  # which finds nothing to do
+    return in_order(executor, pack, batches, window=2)
 
 
 def _batches(
@@ -214,15 +260,15 @@ def _prepare(recipe: Recipe, adapter: Adapter, place: int, row: Row) -> _Ready |
     record: dict[str, int] = {}
     n_positions = len(recipe.layout.positions)
     try:
-        pixels = None
+        pixels = stamp = None
         if row.sample.image is not None:
             decoded = decode(row.sample.image)
             pixels = decoded.pixels
             record["image_hash"] = int(np.uint64(decoded.hash).astype(np.int64))
             record["image_height"], record["image_width"] = pixels.shape[:2]
         if row.text is not None and pixels is not None:
-            pixels = _mark(recipe.watermark, row, pixels, record)
-        encoded = adapter.encode(adapter.render(row.sample.turns), pixels)
+            stamp = _stamp(recipe.watermark, row, pixels, record)
+        encoded = adapter.encode(adapter.render(row.sample.turns), pixels, stamp)
         for position in recipe.positions:
             position.check(encoded)
         if n_positions < encoded.n_tokens and recipe.positions[0].name == "all":
@@ -235,9 +281,7 @@ def _prepare(recipe: Recipe, adapter: Adapter, place: int, row: Row) -> _Ready |
     return _Ready(place=place, encoded=encoded, record=record)
 
 
-def _mark(
-    spec: WatermarkSpec | None, row: Row, pixels: NDArray[np.uint8], record: dict[str, int]
-) -> NDArray[np.uint8]:
+def _stamp(spec: WatermarkSpec | None, row: Row, pixels: NDArray[np.uint8], record: dict[str, int]) -> Stamp:
     assert spec is not None and row.text is not None
     height, width = pixels.shape[:2]
     try:
@@ -246,4 +290,4 @@ def _mark(
         raise RejectedSample(str(error)) from error
     record["watermark_x"], record["watermark_y"] = placement.x, placement.y
     record["watermark_font_px"] = placement.font_px
-    return watermark.apply(pixels, spec, row.text, placement)
+    return watermark.make_stamp(spec, row.text, placement)

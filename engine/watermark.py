@@ -143,10 +143,33 @@ def place(spec: WatermarkSpec, sample_id: str, width: int, height: int, texts: S
     )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stamp:
+    """A watermark that is ready to be laid on an image."""
+
+    alpha: Uint8Array
+    """uint8 [h, w], the ink's alpha at each pixel, read-only; the same array for the same text, size and opacity."""
+    x: int
+    """Column of the image where the mask's left edge falls."""
+    y: int
+    """Row of the image where its top edge falls."""
+    color: tuple[int, int, int]
+    """RGB of the ink."""
+
+    def on(self, image: Uint8Array) -> Uint8Array:
+        """Return `image` (uint8 [H, W, 3]) with it, byte-equal to Pillow's `Image.alpha_composite`."""
+        return composite_text(image, self.alpha, self.x, self.y, self.color)
+
+
+def make_stamp(spec: WatermarkSpec, text: str, placement: Placement) -> Stamp:
+    """Return the watermark that shows `text` at this place."""
+    alpha = render_alpha(text, placement.font_px, spec.opacity)
+    return Stamp(alpha=alpha, x=placement.x, y=placement.y, color=spec.color)
+
+
 def apply(image: Uint8Array, spec: WatermarkSpec, text: str, placement: Placement) -> Uint8Array:
     """Return `image` (uint8 [H, W, 3]) with `text` on it, byte-equal to Pillow's `Image.alpha_composite`."""
-    alpha = render_alpha(text, placement.font_px, spec.opacity)
-    return composite_text(image, alpha, placement.x, placement.y, spec.color)
+    return make_stamp(spec, text, placement).on(image)
 
 
 @lru_cache(maxsize=64)

@@ -55,7 +55,8 @@ class StoreWriter:
 
     def sweep(self, committed: set[int]) -> None:
         """Remove what killed writers left that is no object; only the one who holds the store may do this."""
-        begun = {int(name) for name in self.objects.list("hidden_states/c")} - committed
+        folders = ("hidden_states/c", "record/c")  # a loss of power may have left either
+        begun = {int(name) for folder in folders for name in self.objects.list(folder)} - committed
         prefixes = ["", "shard_digest/c", "rejected/c"]
         prefixes += [prefix for name in self.layout.record_fields for prefix in (name, f"{name}/c")]
         prefixes += [p for shard in begun for p in (f"hidden_states/c/{shard}/0/0", f"record/c/{shard}")]

@@ -105,17 +105,6 @@ def test_bench_probe_compares_solvers_at_equal_residuals(tmp_path: Path) -> None
 
 
 @pytest.mark.timeout(300)
-def test_bench_finetune_compares_a_step_with_a_bare_loop_and_the_trainer(tmp_path: Path) -> None:
-    sizes = ["--steps", "4", "--batch-size", "2", "--repeats", "1"]
-    command = [sys.executable, BENCHMARKS / "bench_finetune.py", *sizes, "--json", tmp_path / "out.json"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    ratios = json.loads((tmp_path / "out.json").read_text())["results"]["ratios"]
-    assert set(ratios) == {"bare loop", "Trainer", "ours, images met first", "ours, images kept"}
-    assert all(ratio > 0 for ratio in ratios.values())
-
-
-@pytest.mark.timeout(300)
 def test_the_gpu_benchmark_runs_in_all_its_sections_without_a_gpu(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--smoke", "--out", str(tmp_path)]
@@ -134,3 +123,29 @@ def test_the_gpu_benchmark_says_at_once_that_it_needs_a_device(tmp_path: Path) -
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 1 and "torch finds none here" in done.stderr
     assert "Traceback" not in done.stderr and not any(tmp_path.iterdir())
+
+
+@pytest.mark.timeout(300)
+def test_bench_finetune_compares_a_step_with_a_bare_loop_and_the_trainer(tmp_path: Path) -> None:
+    sizes = ["--steps", "4", "--batch-size", "2", "--repeats", "1"]
+    command = [sys.executable, BENCHMARKS / "bench_finetune.py", *sizes, "--json", tmp_path / "out.json"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ratios = json.loads((tmp_path / "out.json").read_text())["results"]["ratios"]
+    assert set(ratios) == {"bare loop", "Trainer", "ours, images met first", "ours, images kept"}
+    assert all(ratio > 0 for ratio in ratios.values())
+
+
+@pytest.mark.timeout(300)
+def test_bench_preprocess_finds_no_value_that_differs_from_the_processors(tmp_path: Path) -> None:
+    names = ["llava", "siglip-pil", "qwen2-vl"]
+    sizes = ["--limit", "2", "--largest", "300000", "--repeats", "1", "--json", str(tmp_path / "out.json")]
+    command = [sys.executable, str(BENCHMARKS / "bench_preprocess.py"), *names, *sizes]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "÷ processor" in done.stdout
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert results["decode"]["images_per_second"] > 0 and set(results["families"]) == set(names)
+    for found in results["families"].values():
+        assert found["values_compared"] > 100_000 and found["values_differing"] == 0
+        assert found["ours_over_processor"] > 0 and found["images_per_second"] > 0

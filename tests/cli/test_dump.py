@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import CLIPImageProcessor
 
 from mmextract.engine.store import open_store
 from tests.cli.conftest import Ran, save_photos
 from tests.engine.test_store import tree
+from tests.engine.tiny_models import save_llava
 
 Run = Callable[..., Ran]
 
@@ -146,6 +148,29 @@ def test_a_run_that_is_killed_is_continued_to_the_same_bytes(
     assert run(*command, "-o", tmp_path / "a.zarr").code == 0
     assert run(*command, "-o", tmp_path / "whole.zarr").code == 0
     assert tree(tmp_path / "a.zarr") == tree(tmp_path / "whole.zarr")
+
+
+def test_the_way_images_are_preprocessed_can_be_chosen_and_is_told(
+    run: Run, photos: Path, tmp_path: Path
+) -> None:
+    for way, mode in (("processor", None), ("cpu", "torchvision")):
+        command = ("dump", photos, "--prompt", "what?", "--device", "cpu", "--preprocess", way)
+        assert run(*command, "-o", tmp_path / way).code == 0
+        attributes = json.loads((tmp_path / way / "zarr.json").read_text())["attributes"]
+        assert attributes["preprocess"] == {"path": way, "mode": mode, "reason": None}
+    ran = run("dump", photos, "--prompt", "what?", "--device", "cpu", "--preprocess", "kernels")
+    assert ran.code == 1 and "--preprocess kernels is not possible for this model: " in ran.err
+
+
+def test_that_the_processor_must_preprocess_is_said_once_with_the_reason(
+    run: Run, photos: Path, tmp_path: Path
+) -> None:
+    processor = CLIPImageProcessor(do_center_crop=True, crop_size={"height": 28, "width": 28}, do_pad=True)
+    processor.size = {"height": 28, "width": 28}
+    model = save_llava(tmp_path / "model", image_processor=processor)
+    ran = run("dump", photos, "--prompt", "what?", "--model", model, "-o", tmp_path / "a.zarr")
+    assert ran.code == 0
+    assert ran.err.count("images are preprocessed by the model's processor: CLIPImageProcessor pads") == 1
 
 
 def test_info_describes_a_store(run: Run, photos: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from distributed import Client
+from distributed import Client, LocalCluster
 
 from mmextract.engine import distributed, workers
 from mmextract.engine.distributed import ShardsFailedError, run_distributed
@@ -90,6 +90,18 @@ def test_a_worker_that_is_killed_costs_nothing(
 
     run_distributed(plan, client, tmp_path / "a.zarr", kill_one)
     assert tree(tmp_path / "a.zarr") == whole
+
+
+def test_a_scheduler_that_was_lost_before_the_run_is_named(plan: DumpPlan, tmp_path: Path) -> None:
+    with LocalCluster(
+        n_workers=0, host="127.0.0.1", dashboard_address="127.0.0.1:0", silence_logs="CRITICAL"
+    ) as cluster:
+        client = Client(cluster.scheduler_address, timeout=5, set_as_default=False)
+    try:
+        with pytest.raises(OSError, match="connection to the scheduler was lost"):
+            run_distributed(plan, client, tmp_path / "a.zarr")
+    finally:
+        client.close(timeout=1)
 
 
 def test_a_run_that_stops_is_continued_by_one_process(

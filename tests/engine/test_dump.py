@@ -275,6 +275,7 @@ def test_values_that_are_not_finite_are_counted(
             weight[3] = torch.nan
         store, summary = dump(adapter, data / "samples.jsonl", tmp_path / "a.zarr")
         assert summary.n_nonfinite == 24
+        assert summary.nonfinite_layers == dict.fromkeys(range(2, adapter.n_layers), 24)
         assert (store.columns["n_nonfinite"] > 0).all()
     finally:
         with torch.no_grad():

@@ -94,8 +94,13 @@ def save_llava(
     siglip: bool = False,
     seed: int = 0,
     chat_template: str | None = LLAVA_TEMPLATE,
+    image_processor: Any = None,
+    pad_to_square: bool = False,
 ) -> Path:
-    """Save a LLaVA-1.5: CLIP (or SigLIP) at 28 × 28 pixels → 4 image tokens, projector, Llama with a BOS."""
+    """Save a LLaVA-1.5: CLIP (or SigLIP) at 28 × 28 pixels → 4 image tokens, projector, Llama with a BOS.
+
+    pad_to_square: as the original LLaVA does before the resize. image_processor: another one than these.
+    """
     tokenizer = make_tokenizer("<image>", bos=True, padding_side=padding_side)
     size: dict[str, Any] = {
         "image_size": 28,
@@ -116,11 +121,12 @@ def save_llava(
         vision_feature_select_strategy=strategy,
     )
     square = {"height": 28, "width": 28}
-    image_processor = (
-        hf.SiglipImageProcessor(size=square)
-        if siglip
-        else hf.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=square)
-    )
+    if image_processor is None and siglip:
+        image_processor = hf.SiglipImageProcessor(size=square)
+    elif image_processor is None:
+        kind: Any = hf.LlavaImageProcessor if pad_to_square else hf.CLIPImageProcessor
+        more = {"do_pad": True} if pad_to_square else {}
+        image_processor = kind(size={"shortest_edge": 28}, crop_size=square, **more)
     hf.LlavaForConditionalGeneration(config).save_pretrained(folder)
     hf.LlavaProcessor(
         image_processor=image_processor,
@@ -133,7 +139,9 @@ def save_llava(
     return folder
 
 
-def save_qwen2_vl(folder: Path, *, padding_side: str = "left", seed: int = 0) -> Path:
+def save_qwen2_vl(
+    folder: Path, *, padding_side: str = "left", seed: int = 0, most_image_tokens: int = 16
+) -> Path:
     """Save a Qwen2-VL: any image becomes 1 to 16 image tokens of 28 × 28 pixels; no BOS."""
     names = (
         "<|im_start|>",
@@ -164,7 +172,7 @@ def save_qwen2_vl(folder: Path, *, padding_side: str = "left", seed: int = 0) ->
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
     )
-    pixels = {"shortest_edge": 28 * 28, "longest_edge": 16 * 28 * 28}
+    pixels = {"shortest_edge": 28 * 28, "longest_edge": most_image_tokens * 28 * 28}
     hf.Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
     hf.Qwen2VLProcessor(
         image_processor=hf.Qwen2VLImageProcessor(size=pixels),

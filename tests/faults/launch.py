@@ -133,6 +133,8 @@ def _become(request: Request) -> None:
         workload.run(request.arguments)
     except SystemExit as left:
         code = left.code
+    except KeyboardInterrupt:  # before the command listens, as the interpreter would leave
+        code = INTERRUPTED
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -130,5 +130,6 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(store: Path, tmp_path:
     words = {line.split()[0]: line for line in done.stdout.splitlines()}
     assert "embed, 0, 1" in words["layers"] and "label, control" in words["tasks"]
     assert "primal" in words["solver"] and "GiB a worker" in words["memory"] and "about" in words["time"]
-    assert f"{6 * 2 * 10 * (1 + 3 * 5):,}" in words["fits"]
+    scores, tests = 2 * 10 * (1 + 3 * 5), 5 * 201 * 3
+    assert f"{6 * (scores + tests):,}" in words["fits"] and f"{tests:,} for the permutations" in words["fits"]
     assert not (tmp_path / "out").exists()

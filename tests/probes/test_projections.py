@@ -91,7 +91,7 @@ def test_wishes_are_read_and_wrong_ones_refused() -> None:
 
 def test_what_is_not_there_is_said_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "umap", None)
-    with pytest.raises(ImportError, match="pip install 'mmextract\[umap\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'mmextract\[umap\]'"):
         check_wishes(parse_wishes("umap"), "cpu")
     check_wishes(parse_wishes("pca,tsne"), "cpu")
     with pytest.raises(ValueError, match="cpu or cuda"):
