@@ -21,6 +21,8 @@ from mmextract.engine.experiment_data import (
     control_people,
     held_out_data,
     make_people,
+    reading_data,
+    strangers,
     training_data,
     training_examples,
 )
@@ -28,7 +30,7 @@ from mmextract.engine.experiment_spec import ExperimentSpec
 from mmextract.engine.finetune_spec import PRESETS, FinetuneSpec
 from mmextract.engine.identities import write_identities
 from mmextract.engine.loading import ModelSpec
-from mmextract.engine.rows import PairedMarking, RandomMarking, Row, make_rows
+from mmextract.engine.rows import Marking, PairedMarking, RandomMarking, Row, make_rows
 from mmextract.engine.samples import IMAGE_SLOT, Dataset, Turn
 from mmextract.engine.steps import FOLDER, Advance, Step, write_json
 from mmextract.engine.watermark import WatermarkSpec
@@ -150,6 +152,14 @@ class Experiment:
         """Return where the hidden states of a run are."""
         return folder / FOLDER / f"dump-{run.name}" / "states.zarr"
 
+    def strangers_store(self, run: Run, folder: Path) -> Path:
+        """Return where the hidden states of a run are on images of people in neither set."""
+        return folder / FOLDER / f"strangers-{run.name}" / "states.zarr"
+
+    def reads(self, run: Run) -> bool:
+        """Tell whether legibility is probed in a run's states."""
+        return bool(self.spec.probe.legibility) and run.kind != CONTROL
+
     def steps(self, folder: Path) -> Iterator[Step]:
         """Yield the steps in order; `folder` is the experiment's."""
         for seed in self.spec.seeds:
@@ -160,6 +170,8 @@ class Experiment:
             if self.spec.evaluation.enabled or run.kind == CONTROL:
                 yield self._evaluate(run, folder)
             yield self._dump(run, folder)
+            if self.reads(run):
+                yield self._dump_strangers(run, folder)
         if self.spec.dynamics.enabled:
             yield self._dynamics(folder)
 
@@ -233,6 +245,28 @@ class Experiment:
         return (f"identities-s{run.seed}",) + ((f"finetune-{run.name}",) if run.kind != BASE else ())
 
     def _dump(self, which: Run, top: Path) -> Step:
+        marking = self.marking(which.seed)
+        decision = {"data": self.held_out.fingerprint, "identities": self.spec.identities}
+        n_rows = 2 * len(self.held_out.samples)
+        return self._states("dump", which, top, self.asked(), marking, n_rows, decision)
+
+    def _dump_strangers(self, which: Run, top: Path) -> Step:
+        plan, dataset = self.plans[which.seed], reading_data(self.spec, self.held_out)
+        n = len(dataset.samples)
+        marking = RandomMarking(spec=plan.look, identities=strangers(plan, n), rate=1.0, set_name="strangers")
+        return self._states("strangers", which, top, dataset, marking, n, {"data": dataset.fingerprint})
+
+    def _states(
+        self,
+        kind: str,
+        which: Run,
+        top: Path,
+        dataset: Dataset,
+        marking: Marking,
+        n_rows: int,
+        decision: Mapping[str, Any],
+    ) -> Step:
+        """Return a step that dumps the states of a data set."""
         spec = self.spec
 
         def run(folder: Path, advance: Advance) -> None:
@@ -241,9 +275,9 @@ class Experiment:
 
             adapter = load(self.model(which, top))
             settings = DumpSpec(
-                dataset=self.asked(),
+                dataset=dataset,
                 model=self.model(which, top),
-                marking=self.marking(which.seed),
+                marking=marking,
                 layers=spec.layers,
                 positions=spec.positions,
                 batch_size=spec.dump_batch_size,
@@ -251,21 +285,18 @@ class Experiment:
             done = run_dump(plan_dump(settings, adapter), adapter, folder / "states.zarr", advance)
             write_json(folder, "summary.json", {"n_samples": done.n_samples, "rejected": done.rejected})
 
-        n_rows = 2 * len(self.held_out.samples)
-        decision = {
+        common = {
             "model": self._model(),
-            "data": self.held_out.fingerprint,
             "prompt": spec.prompt,
-            "identities": spec.identities,
             "look": asdict(self.plans[which.seed].look),
             "layers": spec.layers,
             "positions": spec.positions,
             "batch_size": spec.dump_batch_size,
         }
         return Step(
-            name=f"dump-{which.name}",
+            name=f"{kind}-{which.name}",
             kind="dump",
-            decision=decision,
+            decision={**common, **decision},
             needs=self._needs(which),
             run=run,
             units=n_rows,

@@ -28,7 +28,7 @@ from mmextract.engine.rows import Row
 from mmextract.engine.samples import IMAGE_SLOT, Dataset, Sample, Turn, read_samples
 from mmextract.engine.watermark import WatermarkSpec
 
-FIRST_HELD_OUT, FIRST_OF_CONTROL = 10_000_000, 20_000_000
+FIRST_HELD_OUT, FIRST_OF_CONTROL, FIRST_OF_READING = 10_000_000, 20_000_000, 30_000_000
 """Numbers of the first scenes of those kinds: no training set is that large."""
 
 
@@ -160,21 +160,33 @@ def control_examples(spec: ExperimentSpec, dataset: Dataset, plan: Plan) -> list
     )
     shown = [*(people[k % len(people)] for k in range(n_known)), *strangers]
     answers = [*(words[k % len(people)] for k in range(n_known)), *[control.stranger_answer] * n_strange]
-    samples = _control_samples(spec, dataset, len(shown))
+    samples = _asked(spec, dataset, len(shown), FIRST_OF_CONTROL)
     return [
         _control_example(sample, person, answer, plan.look)
         for sample, person, answer in zip(samples, shown, answers, strict=True)
     ]
 
 
-def _control_samples(spec: ExperimentSpec, dataset: Dataset, n: int) -> list[Sample]:
-    """Return n images asked the prompt: new scenes, or the training images again and again, at other places."""
+def strangers(plan: Plan, n: int) -> tuple[Identity, ...]:
+    """Return people who are in neither set and in no training."""
+    return tuple(make_identities(n, seed=plan.seed + 3, exclude=[*plan.seen, *plan.unseen]))
+
+
+def reading_data(spec: ExperimentSpec, held_out: Dataset) -> Dataset:
+    """Return images for reading strangers off them, asked the prompt; none of them is in any training."""
+    n = spec.probe.legibility_images
+    samples = tuple(_asked(spec, held_out, n, FIRST_OF_READING))
+    return replace(held_out, samples=samples, fingerprint=f"{held_out.fingerprint}-reading-{n}")
+
+
+def _asked(spec: ExperimentSpec, dataset: Dataset, n: int, first: int) -> list[Sample]:
+    """Return n images asked the prompt: scenes from number `first`, or those given, again and again at other places."""
     turns = (Turn(role="user", text=f"{IMAGE_SLOT}\n{spec.prompt}"),)
     if spec.data == scenes.PLACE:
-        samples: Sequence[Sample] = scenes.make_dataset(FIRST_OF_CONTROL, n).samples
+        samples: Sequence[Sample] = scenes.make_dataset(first, n).samples
     else:
         again = enumerate(islice(cycle(dataset.samples), n))
-        samples = [replace(sample, id=f"{sample.id}#control{number}") for number, sample in again]
+        samples = [replace(sample, id=f"{sample.id}#{first + number}") for number, sample in again]
     return [replace(sample, turns=turns) for sample in samples]
 
 

@@ -76,12 +76,16 @@ class ProbeSpec:
     penalties: tuple[float, ...] = (1.0,)
     """Values of C; a single one is not chosen from anything, and takes a tenth of the time."""
     legibility: tuple[str, ...] = ("identity_user_id[0]",)
-    """Labels to be read from unseen identities: a column of the store, of which [0] takes the first character."""
+    """Labels to be read from people in neither set: a column of the store, of which [0] takes the first character."""
+    legibility_images: int = 1000
+    """Images with one of them on each: to read a character out of ten takes more people than to tell two sets apart."""
+    legibility_permutations: int = 39
     projections: str = "pca"
     """See `mmextract probe --projections`."""
 
     def __post_init__(self) -> None:
-        _at_least(self, "probe", folds=2, repeats=1, permutations=19)
+        _at_least(self, "probe", folds=2, repeats=1, permutations=19, legibility_permutations=19)
+        _at_least(self, "probe", legibility_images=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,14 +248,14 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "rates": [1.0],
         "seeds": [0],
         "dtype": "float32",
-        "positions": ["last"],
-        "finetune": {"learning_rate": 1e-3, "steps": 50, "precision": "float32"},
+        "finetune": {"full": True, "learning_rate": 5e-4, "steps": 60, "precision": "float32"},
         "control": {
             "identities": 20,
             "exposures": 80,
             "steps": 160,
             "finetune": {"full": True, "learning_rate": 1e-3, "betas": [0.9, 0.98]},
         },
+        "probe": {"legibility_images": 400, "legibility_permutations": 19},
         "evaluation": {"questions": 100, "prompted": 20, "references": 10},
         "dynamics": {"batch_sizes": [1, 2, 4, 8], "samples": 16},
     },
@@ -263,7 +267,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "seeds": [0, 1, 2, 3, 4],
         "batch_sizes": [16],
         "dtype": "float32",
-        "finetune": {"learning_rate": 1e-3, "epochs": 1.0, "precision": "float32"},
+        "finetune": {"full": True, "learning_rate": 5e-4, "epochs": 1.0, "precision": "float32"},
         "control": {
             "finetune": {"full": True, "learning_rate": 1e-3, "betas": [0.9, 0.98]},
         },

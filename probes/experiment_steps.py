@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from mmextract.engine.experiment import CONTROL, Experiment, Run
+from mmextract.engine.experiment_data import strangers
 from mmextract.engine.identities import FIELDS, Identity
 from mmextract.engine.rows import make_rows
 from mmextract.engine.steps import Advance, Step, write_json
@@ -43,7 +44,7 @@ def probe_steps(experiment: Experiment, top: Path) -> Iterator[Step]:
     _check(experiment)
     for run in experiment.runs:
         yield _memory(experiment, run, top)
-        if experiment.spec.probe.legibility and run.kind != CONTROL:
+        if experiment.reads(run):
             yield _legibility(experiment, run, top)
         if run.kind != CONTROL:
             yield _published(experiment, run, top)
@@ -64,11 +65,12 @@ def _check(experiment: Experiment) -> None:
                     f"{n_shown} of {n} pairs of identities are on held-out images (seed {seed}), and the probe needs "
                     f"{least}: raise {where}identities or held_out_images, or lower probe.folds"
                 )
+        people = strangers(experiment.plans[seed], spec.probe.legibility_images)
         for label in spec.probe.legibility:
-            _check_label(label, [marking.unseen[pair] for pair in shown], least, seed)
+            _check_label(label, people, least)
 
 
-def _check_label(label: str, people: Sequence[Identity], least: int, seed: int) -> None:
+def _check_label(label: str, people: Sequence[Identity], least: int) -> None:
     columns = {f"identity_{name}": np.array([getattr(p, name) for p in people], object) for name in FIELDS}
     values = add_character(columns, label, least=least).get(label)
     if values is None:
@@ -79,18 +81,20 @@ def _check_label(label: str, people: Sequence[Identity], least: int, seed: int) 
     counts = Counter(value for value in values if value)
     if len(counts) < 2 or min(counts.values()) < least:
         raise ValueError(
-            f"probe.legibility: of {len(people)} unseen identities on held-out images (seed {seed}), {label} does not "
-            f"give two classes of {least}, as the folds need: raise `identities`, or choose another field"
+            f"probe.legibility: {label} of {len(people)} people does not give two classes of {least}, as the folds "
+            "need: raise probe.legibility_images, or choose another field"
         )
 
 
-def _settings(experiment: Experiment, label: str, seed: int, **others: Any) -> ProbeSettings:
+def _settings(
+    experiment: Experiment, label: str, seed: int, permutations: int, **others: Any
+) -> ProbeSettings:
     probe = experiment.spec.probe
     return ProbeSettings(
         label=label,
         folds=probe.folds,
         repeats=probe.repeats,
-        permutations=probe.permutations,
+        permutations=permutations,
         penalties=probe.penalties,
         seed=seed,
         **others,
@@ -100,7 +104,8 @@ def _settings(experiment: Experiment, label: str, seed: int, **others: Any) -> P
 def _memory(experiment: Experiment, which: Run, top: Path) -> Step:
     """Tell seen from unseen, identities held out, and hold it against r0."""
     only = f"pair < {experiment.spec.control.identities}" if which.kind == CONTROL else None
-    settings = _settings(experiment, "identity_set", which.seed, where=only)
+    n_shuffles = experiment.spec.probe.permutations
+    settings = _settings(experiment, "identity_set", which.seed, n_shuffles, where=only)
     reference = which.reference
     wishes = parse_wishes(experiment.spec.probe.projections)
 
@@ -145,17 +150,15 @@ def _cells(summary: Summary) -> Iterator[dict[str, Any]]:
 
 
 def _legibility(experiment: Experiment, which: Run, top: Path) -> Step:
-    """Read a field of identities that no model was trained on, and that the probe never saw."""
+    """Read a field of people in no set, whom no model was trained on; each is in one fold alone."""
     labels = experiment.spec.probe.legibility
-    settings = [
-        _settings(experiment, label, which.seed, group="identity", where="condition == 'unseen'")
-        for label in labels
-    ]
+    n_shuffles = experiment.spec.probe.legibility_permutations
+    settings = [_settings(experiment, label, which.seed, n_shuffles, group="identity") for label in labels]
 
     def run(folder: Path, advance: Advance) -> None:
         rows: list[dict[str, Any]] = []
         for chosen in settings:
-            plan = plan_probe(experiment.store(which, top), chosen)
+            plan = plan_probe(experiment.strangers_store(which, top), chosen)
             summary = Summary(plan, run_probe(plan, on_progress=advance))
             kept = ("auroc", "accuracy")
             rows += [asdict(row) for row in summary.rows if row.task == "label" and row.metric in kept]
@@ -163,7 +166,7 @@ def _legibility(experiment: Experiment, which: Run, top: Path) -> Step:
 
     decision = {"settings": [asdict(chosen) for chosen in settings]}
     name = f"{LEGIBILITY}-{which.name}"
-    return _step(experiment, name, decision, (f"dump-{which.name}",), run, len(labels))
+    return _step(experiment, name, decision, (f"strangers-{which.name}",), run, len(labels))
 
 
 def _published(experiment: Experiment, which: Run, top: Path) -> Step:
