@@ -250,10 +250,12 @@ def markdown(targets: Sequence[Mapping[str, float]]) -> str:
 
 
 def _time(seconds: float) -> str:
-    for limit, unit, size in ((120, "s", 1), (7200, "min", 60)):
-        if seconds < limit:
-            return f"{seconds / size:.2g} {unit}"
-    return f"{seconds / 3600:.2g} h"
+    """Return two digits and a unit."""
+    size, unit = next((s, u) for limit, s, u in _UNITS if seconds < limit)
+    return f"{float(format(seconds / size, '.2g')):g} {unit}"
+
+
+_UNITS = ((120, 1, "s"), (7200, 60, "min"), (float("inf"), 3600, "h"))
 
 
 def _print(results: Mapping[str, Any], fits: Mapping[str, Fit]) -> None:

@@ -151,7 +151,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="bench-store-") as folder:
         scratch = Path(folder)
-        states = real_states(options.states, options.vectors, scratch)
+        states = work.whole_shards(real_states(options.states, options.vectors, scratch))
         results: dict[str, Any] = {
             "states": f"{options.states}, {' × '.join(map(str, states.shape))}",
             "write": measure_writes(states, scratch, options.repeats),

@@ -39,6 +39,12 @@ def make_layout(states: NDArray[Any], codec: str) -> Layout:
     )
 
 
+def whole_shards(states: NDArray[Any]) -> NDArray[Any]:
+    """Return the states that fill whole shards, so that no way to write pads the last one; all, if they fill none."""
+    shard = make_layout(states, "none").shard_samples
+    return states[: len(states) // shard * shard]
+
+
 def write_ours(states: NDArray[Any], codec: str, path: Path) -> int:
     """Write states as a dump does once the model has given them; return the bytes written."""
     layout = make_layout(states, codec)
