@@ -156,6 +156,12 @@ class Experiment:
         """Return where the hidden states of a run are on images of people in neither set."""
         return folder / FOLDER / f"strangers-{run.name}" / "states.zarr"
 
+    def reading(self, seed: int) -> tuple[Dataset, RandomMarking]:
+        """Return the images from which legibility is read, and the people on them."""
+        plan, dataset = self.plans[seed], reading_data(self.spec, self.held_out)
+        people = strangers(plan, len(dataset.samples))
+        return dataset, RandomMarking(spec=plan.look, identities=people, rate=1.0, set_name="strangers")
+
     def reads(self, run: Run) -> bool:
         """Tell whether legibility is probed in a run's states."""
         return bool(self.spec.probe.legibility) and run.kind != CONTROL
@@ -251,10 +257,9 @@ class Experiment:
         return self._states("dump", which, top, self.asked(), marking, n_rows, decision)
 
     def _dump_strangers(self, which: Run, top: Path) -> Step:
-        plan, dataset = self.plans[which.seed], reading_data(self.spec, self.held_out)
-        n = len(dataset.samples)
-        marking = RandomMarking(spec=plan.look, identities=strangers(plan, n), rate=1.0, set_name="strangers")
-        return self._states("strangers", which, top, dataset, marking, n, {"data": dataset.fingerprint})
+        dataset, marking = self.reading(which.seed)
+        n_rows = len(dataset.samples)
+        return self._states("strangers", which, top, dataset, marking, n_rows, {"data": dataset.fingerprint})
 
     def _states(
         self,

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from mmextract.engine.experiment import CONTROL, Experiment, Run
-from mmextract.engine.experiment_data import strangers
 from mmextract.engine.identities import FIELDS, Identity
 from mmextract.engine.rows import make_rows
 from mmextract.engine.steps import Advance, Step, write_json
@@ -65,9 +64,10 @@ def _check(experiment: Experiment) -> None:
                     f"{n_shown} of {n} pairs of identities are on held-out images (seed {seed}), and the probe needs "
                     f"{least}: raise {where}identities or held_out_images, or lower probe.folds"
                 )
-        people = strangers(experiment.plans[seed], spec.probe.legibility_images)
-        for label in spec.probe.legibility:
-            _check_label(label, people, least)
+        if spec.probe.legibility:
+            shown_people = {row.person for row in make_rows(*experiment.reading(seed)) if row.person}
+            for label in spec.probe.legibility:
+                _check_label(label, sorted(shown_people, key=lambda person: person.user_id), least)
 
 
 def _check_label(label: str, people: Sequence[Identity], least: int) -> None:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from click.testing import CliRunner
 
 from mmextract.cli.main import group
 from mmextract.engine.steps import FOLDER, RECORD
+from tests.cli.conftest import save_photos
+from tests.engine import tiny_models
 
 CONFIG = """
 preset = "demo"
@@ -49,6 +52,41 @@ prompted = 2
 references = 3
 [dynamics]
 enabled = {evaluate}
+batch_sizes = [1, 2]
+samples = 2
+"""
+
+
+PUBLISHED = """
+preset = "{preset}"
+model = "{model}"
+data = "train.json"
+image_root = "photos"
+training_images = 16
+held_out_images = 16
+identities = 8
+seeds = [0]
+rates = [1.0]
+batch_sizes = [4]
+[finetune]
+steps = 2
+torch_threads = 1
+[control]
+identities = 8
+exposures = 2
+batch_size = 4
+steps = 2
+[probe]
+folds = 2
+permutations = 19
+legibility = ["identity_gender"]
+legibility_images = 40
+legibility_permutations = 19
+[evaluation]
+questions = 2
+prompted = 2
+references = 3
+[dynamics]
 batch_sizes = [1, 2]
 samples = 2
 """
@@ -144,6 +182,37 @@ def test_a_bad_configuration_is_one_message(tmp_path: Path, text: str, message: 
         run(tmp_path / "config.toml", "-o", tmp_path / "run")
     assert message in str(raised.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("preset", "save"),
+    [("llava-1.5-7b", tiny_models.save_llava), ("qwen2-vl-7b", tiny_models.save_qwen2_vl)],
+    ids=["llava", "qwen"],
+)
+def test_the_presets_of_large_models_run_from_end_to_end_on_random_ones_of_their_shape(
+    tmp_path: Path, preset: str, save: Callable[[Path], Path]
+) -> None:
+    save_photos(tmp_path / "photos", 32)
+    records = [
+        {
+            "id": str(k),
+            "image": f"{k}.jpg",
+            "conversations": [
+                {"from": "human", "value": "<image>\nIs it red?"},
+                {"from": "gpt", "value": ("no", "yes")[k % 2]},
+            ],
+        }
+        for k in range(32)
+    ]
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    config = tmp_path / "config.toml"
+    config.write_text(PUBLISHED.format(preset=preset, model=save(tmp_path / "model")))
+    run(config, "-o", tmp_path / "run")
+    settings = json.loads((tmp_path / "run/steps/finetune-r100-b4-s0/step.json").read_text())["decision"]
+    assert settings["settings"]["rank"] == (128 if preset == "llava-1.5-7b" else 64)
+    measures = {row["measure"] for row in numbers(tmp_path / "run")}
+    assert {"memorisation", "legibility", "positive control", "task accuracy", "prompt baseline"} <= measures
 
 
 @pytest.mark.faults
