@@ -86,15 +86,13 @@ def _check_label(label: str, people: Sequence[Identity], least: int) -> None:
         )
 
 
-def _settings(
-    experiment: Experiment, label: str, seed: int, permutations: int, **others: Any
-) -> ProbeSettings:
+def _settings(experiment: Experiment, label: str, seed: int, **others: Any) -> ProbeSettings:
     probe = experiment.spec.probe
     return ProbeSettings(
         label=label,
         folds=probe.folds,
         repeats=probe.repeats,
-        permutations=permutations,
+        permutations=probe.permutations,
         penalties=probe.penalties,
         seed=seed,
         **others,
@@ -104,8 +102,7 @@ def _settings(
 def _memory(experiment: Experiment, which: Run, top: Path) -> Step:
     """Tell seen from unseen, identities held out, and hold it against r0."""
     only = f"pair < {experiment.spec.control.identities}" if which.kind == CONTROL else None
-    n_shuffles = experiment.spec.probe.permutations
-    settings = _settings(experiment, "identity_set", which.seed, n_shuffles, where=only)
+    settings = _settings(experiment, "identity_set", which.seed, where=only)
     reference = which.reference
     wishes = parse_wishes(experiment.spec.probe.projections)
 
@@ -152,8 +149,7 @@ def _cells(summary: Summary) -> Iterator[dict[str, Any]]:
 def _legibility(experiment: Experiment, which: Run, top: Path) -> Step:
     """Read a field of people in no set, whom no model was trained on; each is in one fold alone."""
     labels = experiment.spec.probe.legibility
-    n_shuffles = experiment.spec.probe.legibility_permutations
-    settings = [_settings(experiment, label, which.seed, n_shuffles, group="identity") for label in labels]
+    settings = [_settings(experiment, label, which.seed, group="identity") for label in labels]
 
     def run(folder: Path, advance: Advance) -> None:
         rows: list[dict[str, Any]] = []

@@ -162,7 +162,7 @@ class Verdict:
             rows = self.results.select(READING, label=label, metric="accuracy")
             best = max(rows, key=lambda row: row.value)
             found.append(
-                f"Legibility: {name_label(label)} of identities that no model and no probe saw is read with up to "
+                f"Legibility: {name_label(label)} is read, of people that neither model nor probe saw, with up to "
                 f"{best.value:.0%} accuracy ({self._where(best)}, {name_condition(best)}), where always naming the "
                 f"most frequent one gives {best.chance or 0:.0%}."
             )
@@ -204,14 +204,16 @@ def name_condition(row: ExperimentRow) -> str:
 
 
 def name_label(label: str) -> str:
-    """Return what people call a label."""
+    """Return what people call a label, as in "… is read off an image"."""
     name, _, at = label.removeprefix("identity_").partition("[")
     name = name.replace("_", " ")
     if not at:
         return f"the {name}"
+    number, _, limit = at.partition("]")
     kind = "digit" if "id" in name.split() else "letter"
-    place = "first" if at == "0]" else f"{int(at[:-1]) + 1}th"
-    return f"the {place} {kind} of the {name}"
+    place = "first" if number == "0" else f"{int(number) + 1}th"
+    whole = f"the {place} {kind} of the {name}"
+    return f"whether {whole} comes before {limit[1:]}" if limit else whole
 
 
 def _signed(value: float | None) -> str:

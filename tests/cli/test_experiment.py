@@ -81,7 +81,6 @@ folds = 2
 permutations = 19
 legibility = ["identity_gender"]
 legibility_images = 40
-legibility_permutations = 19
 [evaluation]
 questions = 2
 prompted = 2
