@@ -9,7 +9,13 @@ import pytest
 
 from mmextract.engine.experiment import Experiment, list_runs
 from mmextract.engine.experiment_data import control_examples, control_people, training_examples
-from mmextract.engine.experiment_spec import PRESETS, ControlSpec, ExperimentSpec, read_experiment
+from mmextract.engine.experiment_spec import (
+    PRESETS,
+    ControlSpec,
+    ExperimentSpec,
+    ProbeSpec,
+    read_experiment,
+)
 from mmextract.engine.identities import make_identities, write_identities
 from mmextract.probes.experiment_steps import probe_steps
 
@@ -86,8 +92,9 @@ def test_identity_files_that_overlap_are_refused(tmp_path: Path) -> None:
 
 
 def test_too_few_identities_for_the_probe_are_refused_before_training(tmp_path: Path) -> None:
+    few = without_control(held_out_images=60, probe=ProbeSpec(legibility_images=6))
     with pytest.raises(ValueError, match="does not give two classes of 5, as the folds need"):
-        list(probe_steps(Experiment(without_control(held_out_images=60)), tmp_path))
+        list(probe_steps(Experiment(few), tmp_path))
     with pytest.raises(ValueError, match="of 4 pairs of identities are on held-out images"):
         list(probe_steps(Experiment(small(control=_control(), held_out_images=60)), tmp_path))
 
