@@ -31,8 +31,8 @@ from mmextract.probes.scoring import score_states
 from mmextract.probes.settings import ProbeSettings
 from mmextract.probes.tasks import make_task
 
-METRICS = ("auroc", "accuracy", "balanced_accuracy", "log_loss", "brier")
-"""ece is left out: it has a bias, which an interval does not cover."""
+METRICS = ("auroc", "accuracy", "balanced_accuracy")
+"""Those that have an interval."""
 
 N_LAYERS = 2
 """Layers of a draw; the signal is in the last one alone."""

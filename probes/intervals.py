@@ -20,9 +20,10 @@ quantile and √(1 + K/(K−1)) for K folds, the correction of Nadeau & Bengio (
 several estimates are taken together by multipliers (Chernozhukov, Chetverikov & Kato 2013, arXiv 1212.6906).
 
 Covered: which groups happened to be sampled, to train and to test. Not covered: the one shuffle behind a control,
-other models, other identities than those the groups stand for. For log-loss and Brier score neither is how the
-choice of C would fall on other data, on which their size depends and the ranks hardly: in noise, 95 % intervals held
-their mean over data sets in 78 to 88 % of 100 draws of four shapes, those of AUROC held ½ in 92 to 99 %.
+other models, other identities than those the groups stand for. Log-loss and Brier score get no interval: their size
+depends on how the choice of C would fall on other data, which nothing here knows (the ranks depend on it hardly). In
+noise, such 95 % intervals held their mean over data sets in 78 to 88 % of 100 draws of four shapes, those of AUROC
+held ½ in 92 to 99 %.
 """
 
 from __future__ import annotations

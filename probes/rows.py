@@ -23,9 +23,8 @@ from mmextract.probes.metrics import FloatArray
 from mmextract.probes.permutation import correct_for_discoveries, correct_for_maximum, detectable_at
 from mmextract.probes.run import ProbePlan, Scores
 
-BOUNDS: Mapping[str, tuple[float, float]] = {"log_loss": (0.0, np.inf), "brier": (0.0, 2.0)}
-UNIT_BOUNDS = (0.0, 1.0)
-SHARES = ("auroc", "accuracy", "balanced_accuracy")
+WITH_INTERVALS = ("auroc", "accuracy", "balanced_accuracy")
+"""Those of log-loss and Brier score would be too narrow, see `intervals`; the calibration error has a bias."""
 SELECTIVE_METRICS = ("auroc", "accuracy", "balanced_accuracy")
 TESTED_METRIC = "auroc"
 BASELINES = ("majority", "random")
@@ -63,8 +62,8 @@ class Row:
         "standard error of the value; includes that other training sets give other probes"
     )
     low: float | None = _about(
-        "lower end of the interval, by the jackknife over groups, calibrated by permutations; that of log_loss and "
-        "brier takes the C that was chosen as given, and is narrow for it"
+        "lower end of the interval, by the jackknife over groups, calibrated by permutations; null for log_loss, "
+        "brier and ece, of which none that we know covers what it promises"
     )
     high: float | None = _about("upper end of that interval")
     simultaneous_low: float | None = _about(
@@ -154,7 +153,7 @@ def _find_intervals(
 ) -> list[Interval]:
     """Return an interval a cell. Tasks without a test of their own are calibrated by the label's."""
     values = [score.values[metric] for score in scores]
-    if metric not in scores[0].deviations:
+    if metric not in WITH_INTERVALS or metric not in scores[0].deviations:
         return [Interval(value=value) for value in values]
     deviations = np.stack([score.deviations[metric] for score in scores])
     tests = [cell.tests.get(task) or cell.tests.get("label") for cell in by_cell.values()]
@@ -170,14 +169,9 @@ def _find_intervals(
         reach,
         confidence=settings.confidence,
         n_groups=plan.design.n_groups,
-        bounds=_bounds(task, metric),
-        is_share=task not in DIFFERENCES and metric in SHARES,
+        bounds=(-1.0, 1.0) if task in DIFFERENCES else (0.0, 1.0),
+        is_share=task not in DIFFERENCES,
     )
-
-
-def _bounds(task: str, metric: str) -> tuple[float, float]:
-    low, high = BOUNDS.get(metric, UNIT_BOUNDS)
-    return (-high, high) if task in DIFFERENCES else (low, high)
 
 
 def _length(deviations: FloatArray) -> FloatArray:

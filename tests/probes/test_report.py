@@ -97,9 +97,8 @@ def with_comparison(results: Results) -> Results:
         rows.append({**row, "chance": 0.5, **({"p": p, "p_corrected": p} if tested else {})})
         if row["task"] == "label":
             rows.append({**row, "task": "other", "value": 0.5})
-            less = {
-                k: row[k] - 0.5 for k in ("value", "low", "high", "simultaneous_low", "simultaneous_high")
-            }
+            ends = ("value", "low", "high", "simultaneous_low", "simultaneous_high")
+            less = {k: row[k] - 0.5 for k in ends if row[k] is not None}
             corrected = {"p_corrected": p} if tested else {}
             rows.append({**row, **less, "task": "difference", "chance": 0.0, **corrected})
         if row["task"] == "majority":
