@@ -10,6 +10,7 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/mmextract dump --layers all
 	$(BIN)/mmextract probe
+	$(BIN)/mmextract experiment --preset demo -o run
 
 test: lint types pytest
 
@@ -45,4 +46,4 @@ test-kernels: .venv/installed-test
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info activations.zarr probe
+	rm -rf .venv build *.egg-info activations.zarr probe run

@@ -18,6 +18,7 @@ from mmextract.cli.doctor import doctor
 from mmextract.cli.dump import dump
 from mmextract.cli.dynamics import dynamics
 from mmextract.cli.evaluate import evaluate
+from mmextract.cli.experiment import experiment
 from mmextract.cli.export import export
 from mmextract.cli.finetune import finetune
 from mmextract.cli.identities import identities
@@ -76,7 +77,7 @@ def group() -> None:
 
 for command in (
     *(dump, probe, report, watermark, identities),
-    *(finetune, evaluate, dynamics, info, verify, export, doctor),
+    *(finetune, evaluate, dynamics, experiment, info, verify, export, doctor),
 ):
     group.add_command(command)
 

@@ -65,7 +65,7 @@ def make_charts(results: Results) -> Spec:
             )
             if group["options"]
         },
-        "projections": _projections(results),
+        "projections": make_projections(results),
     }
 
 
@@ -75,16 +75,17 @@ def _group(results: Results, make: Callable[[Results, str], list[Panel]], metric
     for metric in metrics:
         panels = make(results, metric)
         if panels:
-            options.append(_option(METRIC_NAMES.get(metric, metric), panels, results))
+            options.append(option(METRIC_NAMES.get(metric, metric), panels, results.layers))
     return {"label": "Metric", "options": options}
 
 
 def _separability_group(results: Results) -> Spec:
     panels = separability_panels(results)
-    return {"label": "", "options": [_option("", panels, results)] if panels else []}
+    return {"label": "", "options": [option("", panels, results.layers)] if panels else []}
 
 
-def _option(name: str, panels: list[Panel], results: Results) -> Spec:
+def option(name: str, panels: list[Panel], layers: Sequence[int]) -> Spec:
+    """Return one choice of a group: a name, a legend and panels over the same layers."""
     legend = [
         {
             "name": line.name,
@@ -97,12 +98,12 @@ def _option(name: str, panels: list[Panel], results: Results) -> Spec:
     return {
         "name": name,
         "legend": legend,
-        "panels": [_panel(panel, results) for panel in panels],
+        "panels": [_panel(panel, layers) for panel in panels],
     }
 
 
-def _panel(panel: Panel, results: Results) -> Spec:
-    names = name_layers(results.layers)
+def _panel(panel: Panel, layers: Sequence[int]) -> Spec:
+    names = name_layers(layers)
     traces = [trace for line in reversed(panel.lines) for trace in _traces(line, names)]
     limits = np.log10(panel.limits) if panel.logarithmic else np.array(panel.limits)
     step = -(-len(names) // MOST_TICKS)
@@ -230,7 +231,8 @@ def _layout(**more: Any) -> Spec:
     return {**base, **more}
 
 
-def _projections(results: Results) -> Spec | None:
+def make_projections(results: Results) -> Spec | None:
+    """Return the maps to move through, None if there are none."""
     if not results.maps:
         return None
     n_maps = sum(map(len, results.maps.values()))

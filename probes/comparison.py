@@ -6,6 +6,8 @@ are not, this says in how many samples. This module knows nothing about hidden s
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 
 from mmextract.engine.store import Store
 from mmextract.probes.groups import BoolArray, Columns, IntArray
+from mmextract.probes.where import select
 
 IMAGE = "image_hash"
 """Column with the hash of each image's bytes."""
@@ -71,6 +74,29 @@ def match_store(store: Store, ours: Columns) -> OtherStore:
 def read_columns(store: Store) -> dict[str, NDArray[Any]]:
     """Return the columns of a store, texts as objects: NumPy's variable-width texts know few operations."""
     return {name: v.astype(object) if v.dtype.kind == "T" else v for name, v in store.columns.items()}
+
+
+def add_character(
+    columns: dict[str, NDArray[Any]], label: str, *, where: str | None = None, least: int = 1
+) -> dict[str, NDArray[Any]]:
+    """Return the columns with that of a label such as `identity_user_id[0]` or `identity_user_id[0]<5`.
+
+    The first is the first character of another column; characters that fewer than `least` different texts share, of
+    the samples selected by `where`, are left empty. The second tells those before "5", by their code points, from the
+    rest: two classes, which fewer samples suffice for. Any other label leaves the columns as they are.
+    """
+    found = re.fullmatch(r"(.+)\[(\d+)\](?:<(.))?", label)
+    if found is None or label in columns or found[1] not in columns:
+        return columns
+    at, texts = int(found[2]), columns[found[1]].astype(str)
+    characters = np.array([text[at : at + 1] for text in texts], object)
+    if (limit := found[3]) is not None:
+        halves = [("<" if c < limit else "≥") + limit if c else "" for c in characters]
+        return {**columns, label: np.array(halves, object)}
+    keep = np.ones(len(texts), bool) if where is None else select(where, columns, len(texts))
+    shared = Counter(text[at : at + 1] for text in set(texts[keep].tolist()))
+    rare = np.array([shared[character] < least for character in characters])
+    return {**columns, label: np.where(rare, "", characters)}
 
 
 def check_same(other: OtherStore, ours: Columns, probed: IntArray, columns: Sequence[str]) -> None:

@@ -66,7 +66,8 @@ def save(figure: Figure, kind: str) -> bytes:
 def draw_curves(results: Results) -> Figure:
     """Draw the label with its intervals, control and baselines: a column a position, a row a metric."""
     metrics = [metric for metric in FIGURE_METRICS if metric in results.metrics]
-    return _draw_rows([(METRIC_NAMES[metric], curve_panels(results, metric)) for metric in metrics], results)
+    rows = [(METRIC_NAMES[metric], curve_panels(results, metric)) for metric in metrics]
+    return draw_rows(rows, results.layers)
 
 
 def draw_differences(results: Results) -> Figure | None:
@@ -76,16 +77,17 @@ def draw_differences(results: Results) -> Figure | None:
         for metric in FIGURE_METRICS
     ]
     rows = [(name, panels) for name, panels in rows if panels]
-    return _draw_rows(rows, results) if rows else None
+    return draw_rows(rows, results.layers) if rows else None
 
 
 def draw_separability(results: Results) -> Figure | None:
     """Draw separability without a probe, a panel a metric; None if it was not measured."""
     panels = separability_panels(results)
-    return _draw_rows([("", panels)], results) if panels else None
+    return draw_rows([("", panels)], results.layers) if panels else None
 
 
-def _draw_rows(rows: Sequence[tuple[str, list[Panel]]], results: Results) -> Figure:
+def draw_rows(rows: Sequence[tuple[str, list[Panel]]], layers: Sequence[int]) -> Figure:
+    """Draw rows of panels over the same layers, with one legend; a row's name stands at its left."""
     grid = _wrap(rows)
     n_rows, n_columns = len(grid), max(len(panels) for _, panels in grid)
     size = (max(6.4, 0.6 + 3.3 * n_columns), 0.95 + 2.6 * n_rows)
@@ -96,7 +98,7 @@ def _draw_rows(rows: Sequence[tuple[str, list[Panel]]], results: Results) -> Fig
         if column >= len(panels):
             ax.set_visible(False)
             continue
-        _draw_panel(ax, panels[column], results.layers)
+        _draw_panel(ax, panels[column], layers)
         ax.set_title(_plain(_shorten(panels[column].title, 40)), fontsize=10, color=INK)
         if column == 0:
             ax.set_ylabel(name, fontsize=10, color=INK)

@@ -26,7 +26,7 @@ import pyarrow.parquet
 from mmextract.probes.comparison import OtherStore
 from mmextract.probes.description import Description
 from mmextract.probes.pictures import make_pictures
-from mmextract.probes.results import PROJECTIONS, Results
+from mmextract.probes.results import PROJECTIONS, RECORD, Results
 from mmextract.probes.rows import COLUMNS, Row
 from mmextract.probes.summary import Summary
 from mmextract.probes.tasks import SHUFFLES
@@ -96,38 +96,51 @@ def write_outputs(
     Raises OSError if the folder cannot be written; then no file was replaced.
     """
     folder.mkdir(parents=True, exist_ok=True)  # before the figures, which take seconds
-    table = make_table(summary.rows)
     projections = description.projections if description else None
-    contents = {
-        "probe.csv": _csv(table),
-        "probe.parquet": _parquet(table),
-        "scores.parquet": _parquet(make_score_table(summary)),
+    pictures = make_pictures(Results(record, projections))
+    return replace_all(folder, {**_tables(summary, description), **pictures, RECORD: _json(record)})
+
+
+def write_data(
+    summary: Summary, record: Mapping[str, Any], folder: Path, description: Description | None = None
+) -> list[Path]:
+    """Do as `write_outputs` does, without figures and report: `mmextract report` makes them from what is written."""
+    return replace_all(folder, {**_tables(summary, description), RECORD: _json(record)})
+
+
+def _tables(summary: Summary, description: Description | None) -> dict[str, bytes]:
+    table = make_table(summary.rows)
+    return {
+        "probe.csv": to_csv(table),
+        "probe.parquet": to_parquet(table),
+        "scores.parquet": to_parquet(make_score_table(summary)),
         **_describing_files(description),
-        **make_pictures(Results(record, projections)),
-        "probe.json": (json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode(),
     }
-    return _replace_all(folder, contents)
+
+
+def _json(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _describing_files(description: Description | None) -> dict[str, bytes]:
     """Return the tables of a description, of those that it has."""
     files: dict[str, bytes] = {}
     if description and (table := description.table()) is not None:
-        files |= {"separability.csv": _csv(table), "separability.parquet": _parquet(table)}
+        files |= {"separability.csv": to_csv(table), "separability.parquet": to_parquet(table)}
     if description and description.projections is not None:
-        files[PROJECTIONS] = _parquet(description.projections)
+        files[PROJECTIONS] = to_parquet(description.projections)
     return files
 
 
 def write_pictures(results: Results, folder: Path) -> list[Path]:
     """Write the figures and the report of results into `folder` and return their paths. Raises OSError."""
-    return _replace_all(folder, make_pictures(results))
+    return replace_all(folder, make_pictures(results))
 
 
 def write_tables(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Write probe.csv and probe.parquet of rows that may come of several runs. Raises OSError."""
     table = make_table(rows)
-    return _replace_all(folder, {"probe.csv": _csv(table), "probe.parquet": _parquet(table)})
+    return replace_all(folder, {"probe.csv": to_csv(table), "probe.parquet": to_parquet(table)})
 
 
 def make_record(summary: Summary, command: str, description: Description | None = None) -> dict[str, Any]:
@@ -259,19 +272,21 @@ def make_score_table(summary: Summary) -> pa.Table:
     return table.cast(pa.schema(about))
 
 
-def _csv(table: pa.Table) -> bytes:
+def to_csv(table: pa.Table) -> bytes:
+    """Return a table as a CSV file."""
     out = io.BytesIO()
     pyarrow.csv.write_csv(table, out)
     return out.getvalue()
 
 
-def _parquet(table: pa.Table) -> bytes:
+def to_parquet(table: pa.Table) -> bytes:
+    """Return a table as a Parquet file."""
     out = io.BytesIO()
     pyarrow.parquet.write_table(table, out, compression="zstd")
     return out.getvalue()
 
 
-def _replace_all(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
+def replace_all(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
     """Write every file under a temporary name, then put all in place, in the order given."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in contents}

@@ -27,7 +27,7 @@ from mmextract.probes.results import MOST_POSITIONS, Results, Row
 from mmextract.probes.separability import METRICS as SEPARABILITY
 from mmextract.probes.tasks import SHUFFLES
 
-TEMPLATE, SCRIPT = "report.html.j2", "report.js"
+TEMPLATE, SCRIPT, STYLE = "report.html.j2", "report.js", "report.css"
 NARROW_PX = 640
 """Up to this width of the window the page is laid out for phones; the script has the same."""
 MOST_TABLES = MOST_POSITIONS
@@ -64,14 +64,14 @@ def render(results: Results, figures: Mapping[str, bytes]) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = environment.from_string(_read(TEMPLATE))
+    template = environment.from_string(read_resource(TEMPLATE))
     record = results.record
     return template.render(
         results=results,
         record=record,
         store_name=PurePath(record["store"]["path"]).name,
-        images={name: _data_uri(svg) for name, svg in figures.items()},
-        narrow_px=NARROW_PX,
+        images={name: data_uri(svg) for name, svg in figures.items()},
+        style=Markup(style()),
         alt_text=f"{results.metric.upper()} of the probe by layer. {results.statement}",
         many=len(results.positions) > MOST_POSITIONS,
         heads=_heads(results),
@@ -82,10 +82,10 @@ def render(results: Results, figures: Mapping[str, bytes]) -> str:
         protocol=_protocol(results),
         controls=_what_is_controlled(results),
         limits=_what_it_cannot_say(results),
-        charts=_json_for_html(make_charts(results)),
-        data=_json_for_html({name: value for name, value in record.items() if name not in _LARGE}),
-        plotly=Markup(_plotly()),
-        script=Markup(_read(SCRIPT)),
+        charts=json_for_html(make_charts(results)),
+        data=json_for_html({name: value for name, value in record.items() if name not in _LARGE}),
+        plotly=Markup(plotly_text()),
+        script=Markup(read_resource(SCRIPT)),
     )
 
 
@@ -93,23 +93,30 @@ _LARGE = ("rows", "columns", "separability")
 """Parts of the record that stand beside the page, not in it."""
 
 
-def _read(name: str) -> str:
+def read_resource(name: str) -> str:
+    """Return a file of this package."""
     return resources.files("mmextract.probes").joinpath(name).read_text("utf-8")
 
 
+def style() -> str:
+    """Return the style sheet of the reports."""
+    return read_resource(STYLE).replace("NARROW_PX", f"{NARROW_PX}px")
+
+
 @cache
-def _plotly() -> str:
+def plotly_text() -> str:
     """Return plotly.js, compressed, in base64."""
     from plotly.offline import get_plotlyjs
 
     return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
 
 
-def _data_uri(svg: bytes) -> str:
+def data_uri(svg: bytes) -> str:
+    """Return an image as an address that holds it."""
     return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
 
 
-def _json_for_html(record: Mapping[str, Any]) -> Markup:
+def json_for_html(record: Mapping[str, Any]) -> Markup:
     """Return JSON that cannot end the script element it stands in."""
     text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("<", r"\u003c").replace("\u2028", r"\u2028").replace("\u2029", r"\u2029"))

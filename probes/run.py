@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,14 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from mmextract.engine.store import Store, open_store
 from mmextract.probes.choice import check_name, one_thread
-from mmextract.probes.comparison import OtherStore, check_same, match_store, read_columns, require_cells
+from mmextract.probes.comparison import (
+    OtherStore,
+    add_character,
+    check_same,
+    match_store,
+    read_columns,
+    require_cells,
+)
 from mmextract.probes.cost import choose_permutations, predict_seconds
 from mmextract.probes.design import Design, make_design
 from mmextract.probes.paper import LARGEST_CLASS, make_paper_task
@@ -96,13 +104,15 @@ def plan_probe(
     check_name(settings.solver)
     store = open_store(place)
     _check_complete(store, settings)
-    columns = read_columns(store)
+    derive = partial(add_character, label=settings.label, where=settings.where, least=max(settings.folds, 4))
+    columns = derive(read_columns(store))
     paper = settings.preset == "paper"
     other = None
     if compare_with is not None:
         theirs = open_store(compare_with)
         _check_complete(theirs, settings)
         other = match_store(theirs, columns)
+        other = replace(other, columns=derive(dict(other.columns)))
     design = make_design(
         columns,
         store.committed,

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from mmextract.probes.comparison import add_character
 from mmextract.probes.outputs import make_record, write_outputs
 from mmextract.probes.run import plan_probe, run_probe
 from mmextract.probes.settings import ProbeSettings
@@ -136,3 +137,21 @@ def test_the_files_say_what_was_compared_with(summary: Summary, tmp_path: Path) 
     assert record["compare"]["path"].endswith("clean.zarr") and len(record["compare"]["fingerprint"]) == 64
     assert {"other", "difference"} <= set(pq.read_table(tmp_path / "probe.parquet")["task"].to_pylist())
     assert "other" in set(pq.read_table(tmp_path / "scores.parquet")["task"].to_pylist())
+
+
+def test_a_label_can_be_the_first_character_of_a_column_and_rare_ones_are_left_out() -> None:
+    columns = {
+        "identity_user_id": np.array(["11", "12", "12", "21", "22", "31"], object),
+        "condition": np.array(["seen", "seen", "seen", "seen", "unseen", "seen"], object),
+    }
+    found = add_character(columns, "identity_user_id[0]")["identity_user_id[0]"]
+    assert found.tolist() == ["1", "1", "1", "2", "2", "3"]
+    common = add_character(columns, "identity_user_id[0]", least=2)["identity_user_id[0]"]
+    assert common.tolist() == ["1", "1", "1", "2", "2", ""]  # 11 and 12 share the 1, 31 is alone with its 3
+    seen = add_character(columns, "identity_user_id[0]", where="condition == 'seen'", least=2)
+    assert seen["identity_user_id[0]"].tolist() == ["1", "1", "1", "", "", ""]
+    halves = add_character(columns, "identity_user_id[0]<3")["identity_user_id[0]<3"]
+    assert halves.tolist() == ["<3", "<3", "<3", "<3", "<3", "≥3"]
+    short = add_character(columns, "identity_user_id[2]<3")["identity_user_id[2]<3"]
+    assert short.tolist() == [""] * 6  # none has a third
+    assert add_character(columns, "condition") is columns and add_character(columns, "other[0]") is columns
