@@ -38,6 +38,7 @@ def hold(out: Path) -> Iterator[None]:
     lock = FileLock(out / ".lock", timeout=0)
     try:
         with lock:
+            LocalObjects(out).sweep("")  # what a killed run was writing
             yield
     except Timeout as error:
         raise OSError(f"another run is training in {out}: wait for it, or give another -o") from error

@@ -133,7 +133,9 @@ def test_a_run_ends_in_a_report_that_doubts_a_null_without_sensitivity(finished:
     }
     conditions = {row["condition"] for row in record["rows"]}
     assert conditions == {"base", "r0-b4", "r100-b4", "control"}
-    (row,) = [r for r in record["rows"] if r["measure"] == "memorisation" and r["layer"] == 5]
+    found = [r for r in record["rows"] if r["measure"] == "memorisation" and r["layer"] == 5]
+    assert [row["position"] for row in found] == ["last", "image"]
+    row = found[0]
     assert row["repetitions"] == 2 and row["p_corrected"] is not None and row["over"] == "identities"
     assert (finished / "run" / "report.html").stat().st_size > 1_000_000
 
@@ -186,7 +188,10 @@ def test_a_bad_configuration_is_one_message(tmp_path: Path, text: str, message: 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("preset", "save"),
-    [("llava-1.5-7b", tiny_models.save_llava), ("qwen2-vl-7b", tiny_models.save_qwen2_vl)],
+    [
+        ("llava-1.5-7b", tiny_models.save_llava),
+        pytest.param("qwen2-vl-7b", tiny_models.save_qwen2_vl, marks=pytest.mark.faults),
+    ],
     ids=["llava", "qwen"],
 )
 def test_the_presets_of_large_models_run_from_end_to_end_on_random_ones_of_their_shape(
