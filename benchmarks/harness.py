@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -53,14 +54,16 @@ def alternate(
 ) -> dict[str, Timing]:
     """Time each piece of work `repeats` times, in turn, after one unmeasured round if it is to warm up.
 
-    In turn, so that a machine that slows down slows all of them. `before` is called with its name, and not timed.
+    In turn, so that a machine that slows down slows all of them; each round in another order, so that none always
+    comes after one that leaves a disk busy or a processor hot. `before` is called with its name, and not timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in work}
+    order = random.Random(0)
     for number in range(-1 if warm_up else 0, repeats):
-        for name, run in work.items():
+        for name in order.sample(list(work), len(work)):
             before(name)
             started = clock()
-            run()
+            work[name]()
             if number >= 0:
                 seconds[name].append(clock() - started)
     return {name: Timing(seconds=tuple(values)) for name, values in seconds.items()}
