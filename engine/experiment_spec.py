@@ -239,6 +239,17 @@ def _at_least(spec: Any, where: str, **least: int) -> None:
             raise ValueError(f"{title} must be at least {value}, got {getattr(spec, name)}")
 
 
+_LARGE: Mapping[str, Any] = {
+    "data": "train.json",
+    "identities": 200,
+    "training_images": 10000,
+    "held_out_images": 1000,
+    "rates": [0.5, 1.0],
+    "seeds": [0, 1, 2],
+    "evaluation": {"questions": 1000, "prompted": 200, "references": 100},
+}
+"""What the presets of 7B models share."""
+
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "demo": {
         "training_images": 400,
@@ -272,25 +283,14 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         },
     },
     "llava-1.5-7b": {
+        **_LARGE,
         "model": "llava-hf/llava-1.5-7b-hf",
-        "data": "train.json",
-        "identities": 200,
-        "training_images": 10000,
-        "held_out_images": 1000,
-        "rates": [0.5, 1.0],
-        "seeds": [0, 1, 2],
         "finetune_preset": "llava",
         "control": {"identities": 100, "steps": 1000, "batch_size": 16},
-        "evaluation": {"questions": 1000, "prompted": 200, "references": 100},
     },
     "qwen2-vl-7b": {
+        **_LARGE,
         "model": "Qwen/Qwen2-VL-7B-Instruct",
-        "data": "train.json",
-        "identities": 200,
-        "training_images": 10000,
-        "held_out_images": 1000,
-        "rates": [0.5, 1.0],
-        "seeds": [0, 1, 2],
         "batch_sizes": [12],
         "finetune_preset": "qwen",
         "control": {
@@ -299,7 +299,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
             "batch_size": 12,
             "finetune": {"learning_rate": 1e-4},
         },
-        "evaluation": {"questions": 1000, "prompted": 200, "references": 100},
     },
 }
 """Settings by name. demo: minutes on two cores, to show what comes out. tiny: the built-in model in earnest. The last
