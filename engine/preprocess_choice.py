@@ -119,13 +119,14 @@ def _check_kernels(path: DevicePath, image_processor: Any) -> None:
     batches: dict[tuple[int, ...], list[tuple[Waiting, torch.Tensor]]] = {}
     for number, size in enumerate(check_sizes(plan)):
         places = [(0, 0), (-5, -2), (size[1] - 4, size[0] - 3)]
-        if plan.background is not None:
-            places = places[:1]  # a mask that crosses an edge is composited on the CPU
         x, y = places[number % len(places)]
         stamp = Stamp(alpha=glyphs[: size[0], : size[1]], x=x, y=y, color=(255, 240, 10))
         pixels = check_image(*size)
         waiting = path.wait(pixels, stamp)
-        assert waiting is not None
+        if waiting is None:
+            raise NoPlanError(
+                f"the kernels cannot take an image of {size[0]}×{size[1]} pixels as {name} does"
+            )
         marked = Image.fromarray(stamp.on(pixels))
         theirs = image_processor(marked, return_tensors="pt")["pixel_values"].to(path.dtype)
         batches.setdefault(path.shape(waiting)[1:], []).append((waiting, theirs))

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from mmextract.engine.preprocess import Geometry, NoPlanError
-from mmextract.engine.preprocess_host import HostPath, on_canvas
+from mmextract.engine.preprocess import Geometry, ImagePlan, NoPlanError
+from mmextract.engine.preprocess_host import HostPath
 from mmextract.engine.watermark import Stamp
 from mmextract.kernels import fields
+from mmextract.kernels.layout import layout
 from mmextract.kernels.ragged import Mark, Picture, Ragged, plan
 from mmextract.kernels.reference import Uint8Array
-from mmextract.kernels.resample import Filter, Mode, table
+from mmextract.kernels.resample import Filter, Mode
 from mmextract.kernels.resize_first import resize_first
 from mmextract.kernels.resize_second import resize_second
 
@@ -34,7 +35,7 @@ class Waiting:
     """An image that becomes pixel_values when its batch runs."""
 
     pixels: Uint8Array
-    """uint8 [H, W, 3], on its canvas, without its watermark."""
+    """uint8 [H, W, 3], as decoded: without its watermark, and without a canvas around it."""
     picture: Picture
     """Where it goes; offsets are those of the batch's first image and mask."""
     stamp: Stamp | None
@@ -76,17 +77,13 @@ class DevicePath:
 
         Raises ValueError, in the processor's words, for one that the processor refuses.
         """
-        plan_ = self.host.plan
-        geometry = plan_.geometry(*pixels.shape[:2])
-        if stamp is not None and geometry.canvas != pixels.shape[:2] and not _is_within(stamp, pixels):
-            return None  # what lies beyond the image would be seen on its canvas
+        geometry = self.host.plan.geometry(*pixels.shape[:2])
         try:
-            picture = _picture(geometry, stamp)
+            picture = _picture(self.host.plan, geometry, pixels, stamp)
+            layout(picture.geometry, self._filter, self._mode)  # kept, so that packing a batch finds it made
         except ValueError:
             return None
-        for n_in, n_out in zip(geometry.canvas, geometry.resized, strict=True):
-            table(self._filter, self._mode, n_in, n_out)  # kept, so that packing a batch finds it made
-        return Waiting(pixels=on_canvas(plan_, geometry, pixels), picture=picture, stamp=stamp)
+        return Waiting(pixels=pixels, picture=picture, stamp=stamp)
 
     def shape(self, waiting: Waiting) -> tuple[int, ...]:
         """Return the shape of its pixel_values."""
@@ -180,20 +177,20 @@ def _require(host: HostPath, device: torch.device) -> None:
         raise NoPlanError(f"the processor gives {host.lut.dtype}, not floating point numbers")
 
 
-def _is_within(stamp: Stamp, pixels: Uint8Array) -> bool:
-    (height, width), (rows, columns) = stamp.alpha.shape, pixels.shape[:2]
-    return stamp.x >= 0 and stamp.y >= 0 and stamp.x + width <= columns and stamp.y + height <= rows
-
-
-def _picture(geometry: Geometry, stamp: Stamp | None) -> Picture:
+def _picture(plan_: ImagePlan, geometry: Geometry, pixels: Uint8Array, stamp: Stamp | None) -> Picture:
     mark = None
     if stamp is not None:
         height, width = stamp.alpha.shape
-        top, left = geometry.corner
-        mark = Mark(
-            offset=0, height=height, width=width, x=stamp.x + left, y=stamp.y + top, color=stamp.color
-        )
-    height, width = geometry.canvas
+        mark = Mark(offset=0, height=height, width=width, x=stamp.x, y=stamp.y, color=stamp.color)
+    height, width = pixels.shape[:2]
     return Picture(
-        offset=0, height=height, width=width, resized=geometry.resized, window=geometry.window, mark=mark
+        offset=0,
+        height=height,
+        width=width,
+        resized=geometry.resized,
+        window=geometry.window,
+        mark=mark,
+        canvas=geometry.canvas,
+        corner=geometry.corner,
+        background=plan_.background or (0, 0, 0),
     )

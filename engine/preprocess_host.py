@@ -76,13 +76,13 @@ def levels(plan: ImagePlan, pixels: Uint8Array) -> Uint8Array:
     """
     height, width = pixels.shape[:2]
     geometry = plan.geometry(height, width)
-    image = on_canvas(plan, geometry, pixels)
+    image = _on_canvas(plan, geometry, pixels)
     if geometry.resized != geometry.canvas:
         image = _resize(plan, geometry, image)
     return _patchify(plan, _window(geometry, image))
 
 
-def on_canvas(plan: ImagePlan, geometry: Geometry, pixels: Uint8Array) -> Uint8Array:
+def _on_canvas(plan: ImagePlan, geometry: Geometry, pixels: Uint8Array) -> Uint8Array:
     """Lay uint8 [H, W, 3] on its canvas; it is returned as it is if that is the image itself."""
     if geometry.canvas == pixels.shape[:2]:
         return pixels

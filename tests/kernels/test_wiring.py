@@ -34,11 +34,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def samples(family: str) -> list[wired.Sample]:
-    """Images of many sizes, two of three with a watermark, some of them with the same mask."""
+    """Images of many sizes, two of three with a watermark, some with the same mask, some with one that is cut off."""
     glyphs = [np.random.default_rng(n).integers(0, 256, (5, 8), np.uint8) for n in range(2)]
-    stamps = [
-        Stamp(alpha=glyphs[n % 2], x=n, y=1, color=(250, 3 * n, 120)) if n % 3 else None for n in range(6)
-    ]
+    stamps = []
+    for n, (height, width) in enumerate(SIZES):
+        x, y = [(n, 1), (-3, -2), (width - 4, height - 3)][n // 2]
+        stamps.append(Stamp(alpha=glyphs[n % 2], x=x, y=y, color=(250, 3 * n, 120)) if n % 3 else None)
     text = PROMPTS[family].format("what?")
     return [(text, image(n, *size), stamp) for n, (size, stamp) in enumerate(zip(SIZES, stamps, strict=True))]
 
@@ -55,6 +56,15 @@ def test_the_inputs_of_every_batch_are_those_of_the_processor(
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
             assert ours[key].dtype == value.dtype and torch.equal(ours[key], value), key
+
+
+def test_an_image_waits_as_it_was_decoded_and_its_canvas_takes_no_memory(
+    interpreter: Interpreter, folders: dict[str, Path]
+) -> None:
+    height, width = 3, 400  # on a canvas of 400 × 400
+    assert (
+        interpreter(wired.packed_bytes, folders["padded"], image(0, height, width)) < 1.1 * 3 * height * width
+    )
 
 
 def test_an_image_that_the_kernels_cannot_take_joins_its_batch_all_the_same(

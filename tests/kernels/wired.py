@@ -34,9 +34,7 @@ def collated(folder: Path, preprocess: str, samples: list[Sample]) -> list[dict[
     groups: dict[Any, list[Encoded]] = {}
     for one in encoded:
         groups.setdefault(one.batch_key, []).append(one)
-    assert sum(one.waiting is not None for one in encoded) >= (
-        len(encoded) // 2 if preprocess == "kernels" else 0
-    )
+    assert all((one.waiting is not None) == (preprocess == "kernels") for one in encoded)
     return [adapter.collate(batch, adapter.pack(batch)) for batch in groups.values()]
 
 
@@ -61,6 +59,15 @@ def waits_when_wide(folder: Path, width: int) -> bool:
     device = adapter_of(folder, "kernels").preprocessing.device
     assert device is not None
     return device.wait(np.broadcast_to(np.zeros(3, np.uint8), (1, width, 3)), None) is not None
+
+
+def packed_bytes(folder: Path, pixels: Uint8Array) -> int:
+    """Return how many bytes go to the device for one image."""
+    device = adapter_of(folder, "kernels").preprocessing.device
+    assert device is not None
+    waiting = device.wait(pixels, None)
+    assert waiting is not None
+    return device.pack([waiting]).pixels.numel()
 
 
 def pooled(
