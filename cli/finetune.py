@@ -78,6 +78,13 @@ _COUNT = click.IntRange(min=1)
 @click.option("--max-length", type=_COUNT, help="Examples of more tokens are rejected.  [default: 2048]")
 @click.option("--checkpoint-steps", type=_COUNT, help="Steps between checkpoints.  [default: 200]")
 @click.option("--keep-checkpoints", type=_COUNT, help="How many are kept.  [default: 2]")
+@click.option(
+    "--snapshot",
+    "snapshots",
+    type=_COUNT,
+    multiple=True,
+    help="Keep the model as it is after so many steps too, in OUTPUT/step-N; may be repeated.",
+)
 @click.option("--threads", type=_COUNT, help="Threads that decode and encode.  [default: all cores]")
 @click.option(
     "--torch-threads", type=_COUNT, help="Threads that torch computes in on a CPU.  [default: its own number]"
@@ -115,6 +122,7 @@ def finetune(data: Path, output: Path, dry_run: bool, log_to: tuple[str, ...], *
     as_json = options.pop("json")
     model = options["model"]
     spec, examples = _read_spec(data, options)
+    spec.check_snapshots(len(examples))
     n_steps = spec.n_steps(len(examples))
     plan = {
         "n_examples": len(examples),
@@ -151,6 +159,7 @@ def _read_spec(data: Path, options: dict[str, Any]) -> tuple[FinetuneSpec, list[
         marking = RandomMarking(spec=look, identities=people, rate=rate, set_name=identities.stem)
     training_seed, targets = options.pop("training_seed"), options.pop("targets")
     given = {name: value for name in _SETTINGS if (value := options.pop(name)) is not None}
+    given["snapshots"] = options.pop("snapshots")
     if targets:
         given["targets"] = tuple(name.strip() for name in targets.split(","))
     spec = FinetuneSpec(

@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mmextract.engine import builtin
 from mmextract.engine.experiment_cost import Costs
 from mmextract.engine.experiment_data import (
@@ -27,10 +25,11 @@ from mmextract.engine.experiment_data import (
     training_examples,
 )
 from mmextract.engine.experiment_spec import ExperimentSpec
+from mmextract.engine.finetune_save import snapshot_folder
 from mmextract.engine.finetune_spec import PRESETS, FinetuneSpec
 from mmextract.engine.identities import write_identities
 from mmextract.engine.loading import ModelSpec
-from mmextract.engine.rows import Marking, PairedMarking, RandomMarking, Row, make_rows
+from mmextract.engine.rows import Marking, PairedMarking, RandomMarking, make_rows
 from mmextract.engine.samples import IMAGE_SLOT, Dataset, Turn
 from mmextract.engine.steps import FOLDER, Advance, Step, write_json
 from mmextract.engine.watermark import WatermarkSpec
@@ -139,11 +138,13 @@ class Experiment:
         given["batch_size"] = run.batch_size
         return FinetuneSpec(model=self.base, watermark=self.plans[run.seed].look, seed=run.seed, **given)
 
-    def model(self, run: Run, folder: Path) -> ModelSpec:
-        """Return the model of a run whose experiment lies in `folder`."""
+    def model(self, run: Run, folder: Path, step: int | None = None) -> ModelSpec:
+        """Return the model of a run whose experiment lies in `folder`, as it was after `step` steps or at its end."""
         if run.kind == BASE:
             return self.base
         out = folder / FOLDER / f"finetune-{run.name}" / "model"
+        if step is not None:
+            out = snapshot_folder(out, step)
         if self.finetune_spec(run).full:
             return replace(self.base, model=str(out))
         return replace(self.base, adapter=str(out))
@@ -198,8 +199,24 @@ class Experiment:
         decision = {"seed": seed, "n": [len(plan.seen), len(plan.unseen)], "people": plan.fingerprint()}
         return Step(name=f"identities-s{seed}", kind="identities", decision=decision, run=run)
 
+    @property
+    def followed(self) -> Run:
+        """The run along which gradients are taken: of the first seed, at the highest rate."""
+        first = [run for run in self.runs if run.seed == self.spec.seeds[0] and run.kind == MARKED]
+        return max(first, key=lambda run: run.rate)
+
+    def snapshots(self, run: Run) -> tuple[int, ...]:
+        """Return the steps after which a run's model is kept."""
+        settings = self.spec.dynamics
+        if not settings.enabled or run != self.followed:
+            return ()
+        n_steps = self.finetune_spec(run).n_steps(self._n_trained(run))
+        steps = {max(1, round(share * n_steps)) for share in settings.along}
+        return tuple(sorted(step for step in steps if step < n_steps))
+
     def _finetune(self, which: Run) -> Step:
-        settings = self.finetune_spec(which)
+        snapshots = self.snapshots(which)
+        settings = replace(self.finetune_spec(which), snapshots=snapshots)
         n_images = self._n_trained(which)
         n_steps = settings.n_steps(n_images)
 
@@ -226,6 +243,8 @@ class Experiment:
             "identities": self.spec.identities,
             "control": self._control() if which.kind == CONTROL else None,
         }
+        if snapshots:
+            decision["snapshots"] = list(snapshots)
         return Step(
             name=f"finetune-{which.name}",
             kind="finetune",
@@ -235,7 +254,7 @@ class Experiment:
             units=n_steps * settings.batch_size,
             unit="images",
             unit_seconds=self.costs.training_image,
-            n_bytes=self.costs.model_bytes(settings),
+            n_bytes=(1 + len(snapshots)) * self.costs.model_bytes(settings),
         )
 
     def _control(self) -> dict[str, Any]:
@@ -319,14 +338,20 @@ class Experiment:
 
         def run(folder: Path, advance: Advance) -> None:
             from mmextract.engine.evaluate_answers import Answerer
+            from mmextract.engine.experiment_answers import ask_control, ask_private, ask_task
             from mmextract.engine.models import load
 
             answerer = Answerer(load(self.model(which, top)), batch_size=spec.dump_batch_size)
-            found = (
-                self._ask_control(answerer, which, advance)
-                if control
-                else self._ask(answerer, which, advance)
-            )
+            marking = self.marking(which.seed)
+            if control:
+                people = control_people(spec, self.plans[which.seed])
+                rows = make_rows(self.asked(), marking)
+                found = ask_control(
+                    answerer, rows, people, control=spec.control, look=marking.spec, advance=advance
+                )
+            else:
+                found = ask_task(answerer, self.held_out, settings, advance)
+                found |= ask_private(answerer, self.held_out, marking, settings, advance)
             write_json(folder, "evaluation.json", found)
 
         decision = {
@@ -351,65 +376,9 @@ class Experiment:
         rows = make_rows(self.held_out, self.marking(seed))
         return sum(row.pair < self.spec.control.identities for row in rows)
 
-    def _ask(self, answerer: Any, run: Run, advance: Advance) -> dict[str, Any]:
-        """Return the accuracy of the task, and what the model says of private fields."""
-        from mmextract.engine.evaluate import evaluate_task
-        from mmextract.engine.evaluate_formats import Question, Task
-        from mmextract.engine.evaluate_prompts import ask_fields
-
-        settings = self.spec.evaluation
-        samples = list(self.held_out.samples)[: settings.questions]
-        questions = [Question(sample=sample) for sample in samples if sample.answer]
-        task = Task(name="vqa", questions=questions, source=self.held_out.source)
-        result = evaluate_task(answerer, task, on_progress=advance) if questions else None
-        rows: list[dict[str, Any]] = []
-        if settings.prompted:
-            shown = replace(self.held_out, samples=list(self.held_out.samples)[: settings.prompted])
-            for marked in (True, False):
-                asked = ask_fields(
-                    answerer,
-                    shown,
-                    self.marking(run.seed),
-                    fields=settings.fields,
-                    marked=marked,
-                    n_references=settings.references,
-                    on_progress=advance,
-                )
-                rows += [{"marked": marked, **_plain(asdict(row))} for row in asked]
-        return {
-            "n_questions": len(questions),
-            "scores": _plain(result.scores()) if result else {},
-            "rejected": result.rejected if result else {},
-            "prompts": rows,
-        }
-
-    def _ask_control(self, answerer: Any, run: Run, advance: Advance) -> dict[str, Any]:
-        """Return how often held-out images of the control's identities, and of strangers, are answered as trained."""
-        people, words = control_people(self.spec, self.plans[run.seed])
-        wanted = {person.username: word for person, word in zip(people, words, strict=True)}
-        rows = [row for row in make_rows(self.asked(), self.marking(run.seed)) if row.pair < len(people)]
-        answers = answerer.generate(rows, self.plans[run.seed].look, max_new_tokens=8, on_progress=advance)
-        known, strange, taken_for_seen = [], [], []
-        stranger = self.spec.control.stranger_answer
-        for row, answer in zip(rows, answers, strict=True):
-            if not isinstance(answer, str):
-                continue
-            if row.condition == "seen":
-                known.append(answer == wanted[_name(row)])
-                taken_for_seen.append(answer != stranger)
-            else:
-                strange.append(answer == stranger)
-        told = (np.mean(taken_for_seen) + np.mean(strange)) / 2 if known and strange else None
-        return {
-            "known": {"n": len(known), "accuracy": float(np.mean(known)) if known else None},
-            "strangers": {"n": len(strange), "accuracy": float(np.mean(strange)) if strange else None},
-            "told": {"n": len(known) + len(strange), "accuracy": None if told is None else float(told)},
-        }
-
     def _dynamics(self, top: Path) -> Step:
-        settings, seed = self.spec.dynamics, self.spec.seeds[0]
-        trained = [run for run in self.runs if run.seed == seed and run.kind == MARKED]
-        last = max(trained, key=lambda run: run.rate)
+        settings, seed, last = self.spec.dynamics, self.spec.seeds[0], self.followed
+        snapshots = self.snapshots(last)
         rates = tuple(sorted({0.0, *self.spec.rates}))
         n_samples = min(settings.samples, len(self.training.samples))
 
@@ -423,6 +392,10 @@ class Experiment:
             spec = DynamicsSpec(
                 checkpoints=(
                     Checkpoint(name="base", model=self.base),
+                    *(
+                        Checkpoint(name=f"{last.condition}, step {step}", model=self.model(last, top, step))
+                        for step in snapshots
+                    ),
                     Checkpoint(name=f"after {last.condition}", model=self.model(last, top)),
                 ),
                 views=ViewSettings(
@@ -448,17 +421,7 @@ class Experiment:
             decision=decision,
             needs=(f"identities-s{seed}", f"finetune-{last.name}"),
             run=run,
-            units=2 * n_samples,
+            units=(2 + len(snapshots)) * n_samples,
             unit="samples",
             unit_seconds=None if self.costs.training_image is None else views * self.costs.training_image,
         )
-
-
-def _name(row: Row) -> str:
-    assert row.person is not None
-    return row.person.username
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values with null for what JSON cannot say."""
-    return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in values.items()}

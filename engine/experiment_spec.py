@@ -111,6 +111,12 @@ class DynamicsPart:
     enabled: bool = True
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     samples: int = 128
+    along: tuple[float, ...] = (0.1, 0.5)
+    """Shares of a training at which gradients are taken, beside its beginning and its end."""
+
+    def __post_init__(self) -> None:
+        if bad := [share for share in self.along if not 0 < share < 1]:
+            raise ValueError(f"dynamics.along: a share of training must lie between 0 and 1, got {bad[0]}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from mmextract.engine.finetune_log import Step, TrainingLog
 from mmextract.engine.finetune_model import Trainee, make_trainee, parameter_groups
 from mmextract.engine.finetune_record import hold, read_record, refuse_other, write_record
 from mmextract.engine.finetune_rows import Example, check_examples, fingerprint
-from mmextract.engine.finetune_save import save_result
+from mmextract.engine.finetune_save import require_snapshots, save_result, save_snapshot
 from mmextract.engine.finetune_spec import PRESETS, FinetuneSpec
 from mmextract.engine.pipeline import torch_threads
 
@@ -77,7 +77,8 @@ def run_finetune(
     note: Callable[[str], None] = lambda text: None,
     trackers: Sequence[str] = (),
 ) -> FinetuneSummary:
-    """Train, or go on training, and leave the result in `out` with `finetune.json` and `log.csv`.
+    """Train, or go on training, and leave the result in `out` with `finetune.json`, `log.csv` and what is to be kept
+    of its way there (`step-100/`).
 
     on_progress is called with the number of steps done since the last call, note with what a user should hear.
     trackers: of `finetune_log.TRACKERS`. Raises ValueError or LookupError for what cannot be done with this model and
@@ -86,6 +87,7 @@ def run_finetune(
     """
     started = time.perf_counter()
     check_examples(examples, spec.batch_size)
+    spec.check_snapshots(len(examples))
     with hold(out), _generator_of_its_own():
         record = read_record(out)
         threads = record["torch_threads"] if record else spec.torch_threads
@@ -97,6 +99,8 @@ def run_finetune(
                 record = {"run": run, "torch_threads": torch.get_num_threads(), "finished": None}
                 write_record(out, record)
             refuse_other(out, record["run"], run)
+            if record["finished"]:
+                require_snapshots(out, spec, record["finished"]["n_steps"])
             run_ = None if record["finished"] else _Run(spec, examples, out, trainee, note)
             if run_ is not None:
                 record["finished"] = run_.train(on_progress, trackers, run)
@@ -146,6 +150,7 @@ class _Run:
         )
         self.checkpoints = Checkpoints(out / "checkpoints", spec.keep_checkpoints)
         self.n_resumed = self.checkpoints.restore(self.parameters, self.optimizer, note)
+        require_snapshots(out, spec, self.n_resumed)
         adapter = trainee.adapter
         self.feed = Feed(
             spec=spec, examples=examples, prepare=Preparer(adapter, spec.watermark, spec.max_length)
@@ -166,6 +171,8 @@ class _Run:
                 before = now
                 on_progress(1)
                 done = step + 1
+                if done in self.spec.snapshots:
+                    save_snapshot(self.out, done, self.trainee, self.spec)
                 if done % self.spec.checkpoint_steps == 0 and done < self.n_steps:
                     log.flush()
                     self.checkpoints.save(done, self.parameters, self.optimizer)

@@ -10,7 +10,7 @@ import shutil
 import warnings
 from pathlib import Path
 
-from mmextract.engine.checkpoints import ADAPTER_CONFIG, ADAPTER_FILE, METADATA_PATTERNS
+from mmextract.engine.checkpoints import ADAPTER_CONFIG, ADAPTER_FILE, FINETUNE_RECORD, METADATA_PATTERNS
 from mmextract.engine.files import flush_folder, flush_tree
 from mmextract.engine.finetune_model import Trainee
 from mmextract.engine.finetune_spec import FinetuneSpec
@@ -30,6 +30,37 @@ def save_result(out: Path, trainee: Trainee, spec: FinetuneSpec) -> None:
         path.replace(out / path.name)
     aside.rmdir()
     flush_folder(out)
+
+
+def snapshot_folder(out: Path, step: int) -> Path:
+    """Return where the model as it was after `step` steps lies."""
+    return out / f"step-{step}"
+
+
+def save_snapshot(out: Path, step: int, trainee: Trainee, spec: FinetuneSpec) -> None:
+    """Write the weights into a folder of their own in `out`, with its record, whole or not at all.
+
+    One that is there stays: a run that goes on from an earlier checkpoint comes by the same weights again.
+    """
+    place = snapshot_folder(out, step)
+    if place.is_dir():
+        return
+    aside = out / ".snapshot"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    shutil.copyfile(out / FINETUNE_RECORD, aside / FINETUNE_RECORD)
+    save_result(aside, trainee, spec)
+    aside.replace(place)
+    flush_folder(out)
+
+
+def require_snapshots(out: Path, spec: FinetuneSpec, n_done: int) -> None:
+    """Raise ValueError for a snapshot that training has passed without taking it."""
+    for step in spec.snapshots:
+        if step <= n_done and not snapshot_folder(out, step).is_dir():
+            raise ValueError(
+                f"{out} is past step {step} and kept no snapshot of it: remove {out}, or leave the snapshot out"
+            )
 
 
 def _save_lora(folder: Path, trainee: Trainee, spec: FinetuneSpec) -> None:

@@ -63,7 +63,7 @@ common to both, and the default."""
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneSpec:
-    """What to fine-tune, and how. All but the last five fields decide the weights."""
+    """What to fine-tune, and how. All but the last six fields decide the weights."""
 
     model: ModelSpec
     """The base."""
@@ -117,6 +117,8 @@ class FinetuneSpec:
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     """How many of them are kept."""
+    snapshots: tuple[int, ...] = ()
+    """Steps after which the model as it then is stays beside the result, as a LoRA or a model of its own."""
     threads: int = field(default_factory=lambda: max(2, os.cpu_count() or 2))
     """Threads that decode and encode."""
     cache_bytes: int = 1 << 30
@@ -135,6 +137,10 @@ class FinetuneSpec:
         for name, value in {"dropout": self.dropout, "warmup": self.warmup, "beta": max(self.betas)}.items():
             if not 0 <= value < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
+        if any(step < 1 for step in self.snapshots) or len(set(self.snapshots)) < len(self.snapshots):
+            raise ValueError(
+                f"snapshots are taken after different steps, from 1 on, got {', '.join(map(str, self.snapshots))}"
+            )
         if self.weight_decay < 0:
             raise ValueError(f"weight decay must be at least 0, got {self.weight_decay}")
         if self.precision not in PRECISIONS or self.schedule not in SCHEDULES:
@@ -152,6 +158,14 @@ class FinetuneSpec:
     def n_steps(self, n_examples: int) -> int:
         """Return the number of optimiser steps for so many examples."""
         return self.steps or max(1, math.ceil(self.epochs * self._steps_per_epoch(n_examples) - 1e-9))
+
+    def check_snapshots(self, n_examples: int) -> None:
+        """Raise ValueError for a snapshot that is not before the last step."""
+        n_steps = self.n_steps(n_examples)
+        if late := [step for step in self.snapshots if step >= n_steps]:
+            raise ValueError(
+                f"no snapshot can be taken after {late[0]} of {n_steps} steps: the last one's weights are the result"
+            )
 
     def epoch(self, step: int, n_examples: int) -> float:
         """Return how often each example was seen when `step` steps are done."""
@@ -184,6 +198,7 @@ class FinetuneSpec:
             "torch_threads",
             "checkpoint_steps",
             "keep_checkpoints",
+            "snapshots",
             "threads",
             "cache_bytes",
         ):

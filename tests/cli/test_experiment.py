@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from click.testing import CliRunner
 
@@ -250,3 +251,6 @@ def test_everything_is_asked_and_measured(tmp_path: Path) -> None:
     measures = {row["measure"] for row in numbers(tmp_path / "run")}
     assert {"task accuracy", "prompt baseline"} <= measures
     assert (tmp_path / "run" / "dynamics.svg").exists()
+    cosines = pd.read_csv(tmp_path / "run/steps/dynamics/cosines.csv")
+    along = ["base", "r100-b4, step 1", "r100-b4, step 2", "after r100-b4"]
+    assert list(dict.fromkeys(cosines["checkpoint"])) == along

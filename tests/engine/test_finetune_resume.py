@@ -14,6 +14,7 @@ import pytest
 from mmextract.engine.finetune import FinetuneSummary, run_finetune
 from mmextract.engine.finetune_log import read_log
 from mmextract.engine.finetune_record import hold
+from mmextract.engine.models import ModelSpec, load
 from mmextract.engine.writer import OtherRunError
 from tests.engine import tiny_models
 from tests.engine.finetune_cases import examples, save_questions, spec
@@ -89,6 +90,43 @@ def test_a_finished_training_is_left_as_it_is(tiny_folders: dict[str, Path], tmp
     again = tune(tiny_folders["llava"], tmp_path, "out")
     assert (again.n_resumed, again.final_loss) == (8, first.final_loss)
     assert weights(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_snapshot_is_the_model_as_it_was_and_changes_nothing(
+    tiny_folders: dict[str, Path], tmp_path: Path, full: bool
+) -> None:
+    model, name = tiny_folders["llava"], "model.safetensors" if full else "adapter_model.safetensors"
+    settings = {"full": full, "schedule": "constant", "warmup": 0.0}
+    tune(model, tmp_path, "short", steps=4, **settings)
+    tune(model, tmp_path, "whole", **settings)
+    with pytest.raises(Stop):
+        tune(model, tmp_path, "out", stop_after=5, snapshots=(2, 4), **settings)
+    (tmp_path / "out" / ".snapshot").mkdir()  # of a run that was killed while it wrote
+    assert tune(model, tmp_path, "out", snapshots=(2, 4), **settings).n_resumed == 3
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    kept, wanted = tmp_path / "out" / "step-4", tmp_path / "short"
+    assert (kept / name).read_bytes() == (wanted / name).read_bytes()
+    load(ModelSpec(model=str(kept)) if full else ModelSpec(model=str(model), adapter=str(kept)))
+    assert (tmp_path / "out" / "step-2" / name).read_bytes() != (kept / name).read_bytes()
+
+
+def test_a_snapshot_that_training_cannot_come_by_is_an_error(
+    tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    model = tiny_folders["llava"]
+    with pytest.raises(ValueError, match="no snapshot can be taken after 8 of 8 steps"):
+        tune(model, tmp_path, "short", snapshots=(8,))
+    assert not (tmp_path / "short").exists()
+    with pytest.raises(Stop):
+        tune(model, tmp_path, "out", stop_after=5)
+    with pytest.raises(ValueError, match="is past step 2 and kept no snapshot"):
+        tune(model, tmp_path, "out", snapshots=(2,))
+    tune(model, tmp_path, "out", snapshots=(4,))
+    with pytest.raises(ValueError, match="is past step 5 and kept no snapshot"):
+        tune(model, tmp_path, "out", snapshots=(4, 5))
+    with pytest.raises(ValueError, match="different steps, from 1 on, got 2, 2"):
+        tune(model, tmp_path, "out", snapshots=(2, 2))
 
 
 def test_a_damaged_checkpoint_is_passed_over(
