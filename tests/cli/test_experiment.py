@@ -220,6 +220,26 @@ def test_the_presets_of_large_models_run_from_end_to_end_on_random_ones_of_their
     assert {"memorisation", "legibility", "positive control", "task accuracy", "prompt baseline"} <= measures
 
 
+def test_the_tables_of_a_benchmark_are_those_of_its_runs(finished: Path, tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "memorisation.py"
+    command = [sys.executable, str(script), str(finished / "run"), "-o"]
+    subprocess.run([*command, str(tmp_path / "out")], check=True, capture_output=True)
+    tables = (tmp_path / "out" / "tables.md").read_text()
+    best = max(
+        (row for row in numbers(finished / "run") if row["measure"] == "memorisation"),
+        key=lambda row: row["value"],
+    )
+    assert f"| r100-b4 | 2 | {best['value']:+.3f} | layer {best['layer']}, {best['position']} |" in tables
+    assert "**Positive control**" in tables and "**Prompt baseline**" not in tables
+    assert (tmp_path / "out/run/experiment.csv").read_bytes() == (
+        finished / "run/experiment.csv"
+    ).read_bytes()
+    nowhere = subprocess.run(
+        [*command[:2], str(tmp_path), "-o", str(tmp_path)], capture_output=True, text=True
+    )
+    assert nowhere.returncode and "holds no experiment.csv" in nowhere.stderr
+
+
 @pytest.mark.faults
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", range(2))
