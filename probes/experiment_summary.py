@@ -40,6 +40,14 @@ class Verdict:
         return [row for row in self.effects if self.results.is_found(row)]
 
     @cached_property
+    def lower(self) -> list[ExperimentRow]:
+        """Those that lie as clearly below zero: seen and unseen told apart less well than in r0."""
+        level = 1 - CONFIDENCE + 1e-12
+        return [
+            r for r in self.effects if r.value < 0 and r.p_corrected is not None and r.p_corrected <= level
+        ]
+
+    @cached_property
     def best(self) -> ExperimentRow:
         """The largest memorisation score, of those that stand out if any do."""
         return max(self.found or self.effects, key=lambda row: row.value)
@@ -88,11 +96,12 @@ class Verdict:
             )
         if not self.is_sensitive:
             return f"Nothing was found, and that says nothing about memory: {self._why_insensitive()}."
+        above = [1.0 if row.p_corrected is None else row.p_corrected for row in self.effects if row.value > 0]
         return (
             "No sign that the model remembers whom it saw: nowhere do hidden states tell seen identities from others "
             "better than after fine-tuning without watermarks "
-            f"(smallest corrected p = {min(r.p_corrected or 1 for r in self.effects):.2g}), though text can be read "
-            "and the positive control was found."
+            f"({f'smallest corrected p of a gain = {min(above):.2g}' if above else 'no difference is a gain'}), "
+            "though text can be read and the positive control was found."
         )
 
     def _why_insensitive(self) -> str:
@@ -129,6 +138,13 @@ class Verdict:
                 f"The largest difference is {_signed(row.value)} ({self._interval(row)}) at {self._where(row)}, "
                 f"{self._condition(row)}, of {family}; a true difference of {_size(row.detectable)} there would "
                 "have been found with a probability of 0.8."
+            )
+        if self.lower:
+            least = min(self.lower, key=lambda row: row.value)
+            parts.append(
+                f"It is below zero, so corrected, in {len(self.lower)} of {len(self.effects)}, the lowest "
+                f"{_signed(least.value)} ({self._interval(least)}; corrected p = {least.p_corrected:.2g}) at "
+                f"{self._where(least)}, {self._condition(least)}: there they are told apart less well than in r0."
             )
         parts.append(self._say_seeds(row))
         return " ".join(parts)

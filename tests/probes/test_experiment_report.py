@@ -49,6 +49,19 @@ def test_a_null_of_a_sensitive_experiment_says_what_it_would_have_found(tmp_path
     verdict = Verdict(make_results(tmp_path, folder, effect=0.0))
     assert verdict.statement.startswith("No sign that the model remembers") and verdict.is_sensitive
     assert "would have been found with a probability of 0.8" in verdict.qualification
+    assert not verdict.lower and "below zero" not in verdict.qualification
+
+
+def test_a_difference_below_zero_is_no_memory_and_is_said(tmp_path: Path, folder: Path) -> None:
+    verdict = Verdict(make_results(tmp_path, folder, effect=-0.25))
+    assert verdict.statement.startswith("No sign that the model remembers") and not verdict.found
+    above = [row.p_corrected for row in verdict.effects if row.value > 0]
+    assert f"smallest corrected p of a gain = {min(above):.2g})" in verdict.statement  # type: ignore[type-var]
+    assert {(row.layer, row.position) for row in verdict.lower} == {(1, "image")}
+    assert (
+        f"below zero, so corrected, in {len(verdict.lower)} of 12, the lowest −0.2" in verdict.qualification
+    )
+    assert "told apart less well than in r0" in verdict.qualification
 
 
 @pytest.mark.parametrize(
