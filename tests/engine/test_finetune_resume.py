@@ -97,7 +97,7 @@ def test_a_snapshot_is_the_model_as_it_was_and_changes_nothing(
     tiny_folders: dict[str, Path], tmp_path: Path, full: bool
 ) -> None:
     model, name = tiny_folders["llava"], "model.safetensors" if full else "adapter_model.safetensors"
-    settings = {"full": full, "schedule": "constant", "warmup": 0.0}
+    settings: dict[str, Any] = {"full": full, "schedule": "constant", "warmup": 0.0}
     tune(model, tmp_path, "short", steps=4, **settings)
     tune(model, tmp_path, "whole", **settings)
     with pytest.raises(Stop):
