@@ -53,8 +53,8 @@ def main() -> None:
 
 
 def _section(name: str) -> Callable[[Bench], Iterable[Figure]]:
-    import gpu_dump
     import gpu_exact
+    import gpu_forward
     import gpu_speed
 
     return {
@@ -62,7 +62,7 @@ def _section(name: str) -> Callable[[Bench], Iterable[Figure]]:
         "ceilings": gpu_speed.ceilings,
         "images": gpu_speed.images,
         "states": gpu_speed.states,
-        "dump": gpu_dump.run,
+        "dump": gpu_forward.run,
     }[name]
 
 
