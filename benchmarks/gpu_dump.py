@@ -1,14 +1,14 @@
 """Part of section `dump` of `gpu.py`: a whole dump of image files ÷ the bare forward pass of its very batches.
 
 Counted: reading JPEG files (from the page cache) and decoding them in threads; copy to the device, watermark and
-preprocessing by the kernels; the forward pass with capture of every layer; staging; assembly, codec, checksums and
-digest of the shards, in float32, the default for such models; the lease, every commit, flushed to disk, and the
-store's beginning and end. Not counted: loading and planning, and the pinning of the ring's memory, which torch keeps
-from an unmeasured dump.
+preprocessing by the kernels; the forward pass with capture of every layer; staging; assembly, encoding, checksums and
+digests of the shards, in float32, the default for such models; the lease, every commit, flushed to disk, and the
+store's beginning and end. Not counted: loading and planning; compiling the kernels and pinning the ring's memory,
+which an unmeasured dump of a few images has done.
 
-pooled: into a real store, on the disk that temporary files are on. all tokens: into a null sink: everything is done
-and committed as ever, but the encoded states are dropped where they would go to that disk, which they would
-outrun. Once by the default codec, and once without, which drops compression too.
+pooled: into a real store, on the disk that temporary files are on. all tokens: into a null sink. All is done as ever,
+and records and digests are written, but the encoded states are dropped where they would go to that disk, which could
+not keep up. Nothing of the encoding is left out: it is measured with the default codec, and with none.
 
 bare forward: no hooks; its inputs are those that a dump in the same shards was seen to give the model, in its order,
 and they lie on the device.
@@ -59,7 +59,7 @@ class Case:
     n_samples: int
     """So many that the store's beginning and end do not count for much."""
     batch_size: int
-    """With all tokens one sample is more than a shard is meant to hold, so that a shard and a batch are one sample."""
+    """With all tokens a shard is one sample by default, as that is more than its usual bytes; so is a batch."""
 
 
 CASES = (
@@ -130,7 +130,7 @@ def _measure(
     wholes = {codec: dumps(dataset, codec, codec) for codec in case.codecs}
     n_sizes = len(batch_sizes(bench))  # so many batches hold images of every size
     few = dumps(replace(dataset, samples=dataset.samples[: n_sizes * case.batch_size]), "lz4", "few")
-    few()  # compiles the kernels, and pins the ring's memory
+    few()  # to warm up
     layout = wholes["lz4"].plan.layout
     batches = record(bench, adapter, dataset, case, layout.shard_samples, folder / "recorded")
 
