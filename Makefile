@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types pytest test-faults test-kernels clean
+.PHONY: demo test lint types pytest test-faults test-kernels test-kernels-oldest clean
 
 demo: .venv/installed
 	$(BIN)/mmextract dump --layers all
@@ -36,6 +36,10 @@ test-faults: .venv/installed-test
 test-kernels: .venv/installed-test
 	$(BIN)/pytest -n auto -m kernels tests/kernels
 
+# The kernels' tests with torch 2.11 and Triton 3.6, the oldest that they are held to, in an environment of their own.
+test-kernels-oldest: .venv-oldest/installed
+	.venv-oldest/bin/pytest -n auto tests/kernels
+
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt -e .
@@ -45,5 +49,14 @@ test-kernels: .venv/installed-test
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[test]"
 	touch $@
 
+# What is in constraints-oldest.txt takes the place of the same packages in constraints.txt.
+.venv-oldest/installed: pyproject.toml constraints.txt constraints-oldest.txt
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	sed -n 's/^\([A-Za-z0-9_-]*\)==.*/^\1==/p' constraints-oldest.txt \
+	  | grep -v -f - constraints.txt | cat - constraints-oldest.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/pip install --quiet -c .venv-oldest/constraints.txt -e ".[triton,s3]" \
+	  pytest pytest-timeout pytest-xdist scikit-image
+	touch $@
+
 clean:
-	rm -rf .venv build *.egg-info activations.zarr probe run
+	rm -rf .venv .venv-oldest build *.egg-info activations.zarr probe run

@@ -24,7 +24,7 @@ SMALL_DECODER = {
     "vocab_size": 512,
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
@@ -103,7 +103,9 @@ def _adapter(bench: Bench, model_class: Any, config: Any, processor: Any) -> Ada
         model = model_class._from_config(config, dtype=dtype, attn_implementation="sdpa")
     return Adapter(
         Loaded(
-            spec=ModelSpec(model="random", dtype="float32" if bench.smoke else "bfloat16"),
+            spec=ModelSpec(
+                model="random", dtype="float32" if bench.smoke else "bfloat16", preprocess="kernels"
+            ),
             name="random",
             commit=None,
             model=model.to(bench.device).eval().requires_grad_(False),

@@ -85,11 +85,17 @@ class Bench:
         return torch.Generator(self.device).manual_seed(self.seed + offset)
 
     def seconds(
-        self, work: Mapping[str, Callable[[], object]], loops: int = 1, repeats: int | None = None
+        self,
+        work: Mapping[str, Callable[[], object]],
+        loops: int = 1,
+        repeats: int | None = None,
+        *,
+        warm_up: bool = True,
     ) -> dict[str, float]:
         """Return the median seconds of one run of each piece of work, taken in turn.
 
         A measurement is `loops` runs between two waits for the device, so that starting them is hidden as in use.
+        warm_up: run each once before, unmeasured; never in a smoke run.
         """
         from harness import alternate
 
@@ -105,7 +111,7 @@ class Bench:
         timings = alternate(
             {name: looped(run) for name, run in work.items()},
             repeats=1 if self.smoke else repeats or self.repeats,
-            warm_up=not self.smoke,
+            warm_up=warm_up and not self.smoke,
             clock=self._clock,
         )
         return {name: timing.median / loops for name, timing in timings.items()}

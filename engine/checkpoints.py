@@ -14,8 +14,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -43,6 +41,8 @@ class Weights:
 
 @lru_cache(maxsize=8)  # a LoRA's base is hashed to see that it is the right one, and again for the store
 def _digest(weights: Weights, _modified: tuple[int, ...]) -> str:
+    import xxhash
+
     digest = xxhash.xxh3_128()
     for name in weights.files:
         path = weights.folder / name

@@ -12,7 +12,6 @@ from io import BytesIO
 from typing import Protocol
 
 import numpy as np
-import xxhash
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from mmextract.kernels.reference import Uint8Array
@@ -65,6 +64,8 @@ def decode(source: ImageSource) -> Decoded:
     truncated, of another format, undecodable or of more than MAX_PIXELS; MemoryError and other failures of
     the machine pass through.
     """
+    import xxhash
+
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise RuntimeError(
             "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set, which passes truncated images as whole: unset it"

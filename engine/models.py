@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from PIL import Image
 from torch import nn
 
@@ -358,6 +357,8 @@ def _describe_processor(processor: Any) -> dict[str, Any]:
 
 
 def _describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    import xxhash
+
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
     return {

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -115,6 +116,33 @@ def test_the_gpu_benchmark_runs_in_all_its_sections_without_a_gpu(tmp_path: Path
     assert results["smoke"] and list(results["sections"]) == ["exact", "ceilings", "images", "states", "dump"]
     judged = [figure for section in results["sections"].values() for figure in section if figure["verdict"]]
     assert len(judged) == 4 and all(figure["verdict"] == "ok" and figure["value"] == 0 for figure in judged)
+    ratios = dump_ratios(results)
+    dumps = ["pooled", "all tokens, null sink", "all tokens, null sink, uncompressed"]
+    for model in ("tiny LLaVA", "tiny Qwen2-VL"):
+        assert {f"{model}, {name}: dump ÷ bare forward" for name in dumps} < set(ratios)
+        assert {f"{model}, {name}: capture ÷ bare forward" for name in ("pooled", "all tokens")} < set(ratios)
+    assert len(ratios) == 10 and all(ratio > 0 for ratio in ratios.values())
+    assert "not measured" not in done.stderr
+
+
+def dump_ratios(results: dict[str, Any]) -> dict[str, float]:
+    """Return name → value of the ratios to a bare forward pass."""
+    figures = results["sections"]["dump"]
+    return {f["name"]: f["value"] for f in figures if f["name"].endswith("÷ bare forward")}
+
+
+@pytest.mark.timeout(300)
+def test_without_zarr_the_gpu_benchmark_measures_capture_and_says_that_it_is_no_dump(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    blocked = "import runpy, sys\nfor name in ('zarr', 'numcodecs', 'google_crc32c', 'xxhash', 'pyarrow', 'faker'):\n"
+    blocked += "    sys.modules[name] = None\nrunpy.run_path('gpu.py', run_name='__main__')\n"
+    arguments = ["--smoke", "--sections", "dump", "--out", str(tmp_path)]
+    command = [sys.executable, "-c", blocked, *arguments]  # which finds modules in its folder
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=BENCHMARKS)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("dump ÷ bare forward is not measured, as zarr is missing") == 1
+    ratios = dump_ratios(json.loads((tmp_path / "gpu.json").read_text())["results"])
+    assert len(ratios) == 4 and all("capture ÷ bare forward" in name for name in ratios)
 
 
 def test_the_gpu_benchmark_says_at_once_that_it_needs_a_device(tmp_path: Path) -> None:
