@@ -159,7 +159,7 @@ def test_each_of_many_jobs_gets_its_own_solution_in_its_own_place(solver: Solver
     jobs = [
         Job(rows=r, y=labels[r], penalties=penalties, scale=scale)
         for r in rows
-        for labels in (y, rng.permutation(y), np.arange(50) % 3)
+        for labels in (y, rng.permutation(y), rng.permutation(np.arange(50) % 3))  # no fold lacks a class
         for scale, penalties in ((True, PENALTIES), (False, (0.01,)), (True, (0.5, 2.0, 7.0)))
     ]
     for job, solutions in zip(jobs, solver.solve(x, jobs), strict=True):
