@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmextract.engine.store import Store
-from mmextract.probes.groups import BoolArray, Columns, IntArray
+from mmextract.probes.groups import BoolArray, Columns, IntArray, choose_group, encode_groups
 from mmextract.probes.where import select
 
 IMAGE = "image_hash"
@@ -77,13 +77,20 @@ def read_columns(store: Store) -> dict[str, NDArray[Any]]:
 
 
 def add_character(
-    columns: dict[str, NDArray[Any]], label: str, *, where: str | None = None, least: int = 1
+    columns: dict[str, NDArray[Any]],
+    label: str,
+    *,
+    where: str | None = None,
+    group: str | None = None,
+    least: int = 1,
 ) -> dict[str, NDArray[Any]]:
     """Return the columns with that of a label such as `identity_user_id[0]` or `identity_user_id[0]<5`.
 
-    The first is the first character of another column; characters that fewer than `least` different texts share, of
-    the samples selected by `where`, are left empty. The second tells those before "5", by their code points, from the
-    rest: two classes, which fewer samples suffice for. Any other label leaves the columns as they are.
+    The first is the first character of another column; characters that occur in fewer than `least` groups, of the
+    samples selected by `where`, are left empty: so many does a class need to be split into folds, and how many
+    different texts begin with it does not matter. group: see `groups.choose_group`; without groups every sample counts.
+    The second tells those before "5", by their code points, from the rest: two classes, which fewer samples suffice
+    for. Any other label leaves the columns as they are. Raises LookupError for a group that is no column.
     """
     found = re.fullmatch(r"(.+)\[(\d+)\](?:<(.))?", label)
     if found is None or label in columns or found[1] not in columns:
@@ -94,7 +101,10 @@ def add_character(
         halves = [("<" if c < limit else "≥") + limit if c else "" for c in characters]
         return {**columns, label: np.array(halves, object)}
     keep = np.ones(len(texts), bool) if where is None else select(where, columns, len(texts))
-    shared = Counter(text[at : at + 1] for text in set(texts[keep].tolist()))
+    kept = {name: values[keep] for name, values in columns.items()}
+    name, _ = choose_group(kept, group)
+    groups = encode_groups(kept[name]) if name else np.arange(int(keep.sum()))
+    shared = Counter(c for c, _ in set(zip(characters[keep].tolist(), groups.tolist(), strict=True)))
     rare = np.array([shared[character] < least for character in characters])
     return {**columns, label: np.where(rare, "", characters)}
 

@@ -3,9 +3,10 @@ conjugate gradients.
 
 Every problem is given in coordinates in which its features are orthogonal (see `dual` and `primal`, that find
 them). There the Hessian I + C·UᵀWU is close to diagonal as long as the weights W do not differ much between
-samples, so that its approximation 1 + C·w̄·gram serves every C, label and class without a factorisation, and
-an iteration is two matrix products, shared by all label vectors of a training set. Where weights differ too
-much for that, the Hessian is factorised after all.
+samples, so that its approximation 1 + C·w̄·gram serves every C and label without a factorisation, and an
+iteration is two matrix products, shared by all label vectors of a training set. Of several classes, w̄ is the
+mean of diag(p) − ppᵀ, in whose eigenvectors the approximation is diagonal again. Where weights differ too much
+for that, the Hessian is factorised after all.
 
 Truncated Newton: Nocedal & Wright, Numerical Optimization, ch. 7.1. This module knows nothing about folds,
 scaling or NumPy.
@@ -13,6 +14,7 @@ scaling or NumPy.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,9 +35,11 @@ MOST_HALVINGS = 40
 """Halvings of a step before it is given up: no step lowers the objective by more than its rounding error."""
 
 PATIENCE = 100
-"""Conjugate-gradient iterations after which a problem's own Hessian is factorised instead.
+"""Conjugate-gradient iterations a class after which a problem's own Hessian is factorised instead.
 
-At 800 samples an iteration takes 0.3 ms on one core, the factorisation with its matrix product 40 ms.
+At 800 samples an iteration takes 0.3 ms on one core, the factorisation with its matrix product 40 ms. With c
+classes an iteration has c times the operations and a factorisation up to c³ times, some c² iterations' worth more;
+c is where the two balance for as many parameters as are factorised at all.
 """
 
 LARGEST_HESSIAN = 4096
@@ -137,6 +141,7 @@ class _Newton:
         self.unit = labels.penalty * basis.n_rows[:, None]  # [F, L] what residuals are measured in
         self.factorise = torch.zeros_like(labels.penalty, dtype=torch.bool)  # where iterating took too long
         self.may_factorise = self.n_coordinates * self.n_outputs <= LARGEST_HESSIAN
+        self.patience = PATIENCE * self.n_outputs if self.may_factorise else MOST_ITERATIONS
 
     def apply(self, v: Tensor) -> Tensor:
         return self.basis.apply(v.flatten(1, 2)).reshape(self.n_sets, self.n_labels, self.n_outputs, -1)
@@ -192,16 +197,14 @@ class _Newton:
 
         Returns the steps, their logits, and which problems [F, L] were given up.
         """
-        curvature = self.labels.strength * probabilities * (1 - probabilities)
-        mean = curvature.sum(3, keepdim=True) / self.basis.n_rows[:, None, None, None]  # [F, L, c, 1]
-        inverse = 1 / (self.ridge + mean * self.basis.gram[:, None, None]).clamp(min=1e-300)
+        precondition = self._precondition(probabilities)
         step, image = torch.zeros_like(gradient), torch.zeros_like(probabilities)
         residual = -gradient
-        direction = inverse * residual
+        direction = precondition(residual)
         length = (residual * direction).sum((2, 3))  # [F, L]
         target = forcing.square() * length
         going = wanted & (length > 0)
-        for _ in range(PATIENCE if self.may_factorise else MOST_ITERATIONS):
+        for _ in range(self.patience):
             if not going.any():
                 break
             reach = self.apply(direction)
@@ -212,25 +215,42 @@ class _Newton:
             step += rate * direction
             image += rate * reach
             residual -= rate * product
-            scaled = inverse * residual
+            scaled = precondition(residual)
             new = (residual * scaled).sum((2, 3))
             going = going & (new > target)
             direction = scaled + torch.where(going, new / length, 0.0)[:, :, None, None] * direction
             length = new
         return step, image, going
 
+    def _precondition(self, probabilities: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return what solves the systems [F, L, c, R] of weights that are the same, their mean, in all samples."""
+        n_rows = self.basis.n_rows[:, None, None, None]
+        weighted = self.labels.strength * probabilities
+        gram = self.basis.gram[:, None, None]
+        if self.n_outputs == 1:
+            mean = (weighted * (1 - probabilities)).sum(3, keepdim=True) / n_rows  # [F, L, 1, 1]
+            inverse = 1 / (self.ridge + mean * gram).clamp(min=1e-300)
+            return lambda residual: inverse * residual
+        mean = (torch.diag_embed(weighted.sum(3)) - weighted @ probabilities.mT) / n_rows  # [F, L, c, c]
+        # a shift of all classes changes no probability and is in no gradient: any weight does, but for 0
+        mean += mean.diagonal(dim1=2, dim2=3).mean(2)[..., None, None] / self.n_outputs
+        weights, classes = torch.linalg.eigh(mean)
+        weights = weights.clamp(min=0)[..., None]
+        inverse = 1 / (self.ridge + weights.maximum(1e-15 * weights[:, :, -1:]) * gram).clamp(min=1e-300)
+        return lambda residual: classes @ (inverse * (classes.mT @ residual))
+
     def _solve(self, gradient: Tensor, probabilities: Tensor, at: int, label: int) -> Tensor:
         """Return the step [c, R] of one problem, by Cholesky's factorisation of its Hessian."""
         p = probabilities[at, label]  # [c, m]
         strength = self.labels.strength[at, label, 0]  # [m]
-        blocks = [
-            [
-                self.basis.second(at, strength * p[k] * (float(k == other) - p[other]))
-                for other in range(self.n_outputs)
-            ]
-            for k in range(self.n_outputs)
-        ]
-        hessian = torch.cat([torch.cat(row, 1) for row in blocks])  # [c·R, c·R]
+        size = self.n_coordinates
+        hessian = p.new_zeros(self.n_outputs * size, self.n_outputs * size)
+        for k in range(self.n_outputs):
+            for other in range(k + 1):  # the factorisation reads the lower triangle
+                weights = strength * p[k] * (float(k == other) - p[other])
+                hessian[k * size : (k + 1) * size, other * size : (other + 1) * size] = self.basis.second(
+                    at, weights
+                )
         ridge = self.ridge.repeat(self.n_outputs)
         # the intercepts' common shift changes nothing, and saturated samples leave no curvature
         hessian.diagonal().add_(ridge + 1e-12 * hessian.diagonal().mean())

@@ -104,9 +104,16 @@ def plan_probe(
     check_name(settings.solver)
     store = open_store(place)
     _check_complete(store, settings)
-    derive = partial(add_character, label=settings.label, where=settings.where, least=max(settings.folds, 4))
-    columns = derive(read_columns(store))
     paper = settings.preset == "paper"
+    group = UNGROUPED if paper else settings.group
+    derive = partial(
+        add_character,
+        label=settings.label,
+        where=settings.where,
+        group=group,
+        least=max(settings.folds, 4),
+    )
+    columns = derive(read_columns(store))
     other = None
     if compare_with is not None:
         theirs = open_store(compare_with)
@@ -117,7 +124,7 @@ def plan_probe(
         columns,
         store.committed,
         label=settings.label,
-        group=UNGROUPED if paper else settings.group,
+        group=group,
         where=settings.where,
         largest_class=LARGEST_CLASS if paper else None,
         positive_last=not paper,

@@ -155,3 +155,28 @@ def test_a_label_can_be_the_first_character_of_a_column_and_rare_ones_are_left_o
     short = add_character(columns, "identity_user_id[2]<3")["identity_user_id[2]<3"]
     assert short.tolist() == [""] * 6  # none has a third
     assert add_character(columns, "condition") is columns and add_character(columns, "other[0]") is columns
+
+
+def test_a_character_is_rare_where_few_groups_have_it_however_many_texts_or_samples_do() -> None:
+    columns = {
+        "gender": np.array(["female", "female", "male", "male", "other", "other", "other"], object),
+        "name": np.array(["Ada", "Ann", "Bo", "Bo", "Cy", "Cal", "Cid"], object),
+        "pair": np.array([0, 1, 2, 3, 4, 4, 4]),
+    }
+    for label in ("gender[0]", "name[0]"):
+        first, second = ("f", "m") if label == "gender[0]" else ("A", "B")
+        grouped = add_character(columns, label, least=2)[label]
+        assert grouped.tolist() == [first, first, second, second, "", "", ""]
+    alone = add_character(columns, "gender[0]", group="none", least=3)["gender[0]"]
+    assert alone.tolist() == ["", "", "", "", "o", "o", "o"]
+    with pytest.raises(LookupError, match="no column 'person' to use as group"):
+        add_character(columns, "gender[0]", group="person")
+
+
+def test_a_column_of_few_values_can_be_probed_by_its_first_character(tmp_path: Path) -> None:
+    columns = paired_columns(60, 30)
+    columns["gender"] = [("female", "male")[pair % 2] for pair in columns["pair"]]
+    states = paired_states(columns, 6)[:, None, None]
+    store = make_store(tmp_path / "a.zarr", states, layers=[0], positions=["last"], columns=columns)
+    design = plan_probe(store, ProbeSettings(label="gender[0]", penalties=(0.1,), permutations=0)).design
+    assert design.classes == ("f", "m") and design.n_samples == 120

@@ -84,6 +84,7 @@ SHAPES: dict[str, Callable[[], Data]] = {
     "three classes, tall": lambda: mixed(90, 7, 3),
     "three classes, wide": lambda: mixed(30, 60, 3),
     "five classes": lambda: mixed(60, 12, 5),
+    "twelve classes": lambda: mixed(150, 20, 12),
     "separable": separable,
     "collinear": collinear,
     "constant features": constant,
@@ -158,7 +159,7 @@ def test_each_of_many_jobs_gets_its_own_solution_in_its_own_place(solver: Solver
     jobs = [
         Job(rows=r, y=labels[r], penalties=penalties, scale=scale)
         for r in rows
-        for labels in (y, rng.permutation(y), np.arange(50) % 3)
+        for labels in (y, rng.permutation(y), rng.permutation(np.arange(50) % 3))  # no fold lacks a class
         for scale, penalties in ((True, PENALTIES), (False, (0.01,)), (True, (0.5, 2.0, 7.0)))
     ]
     for job, solutions in zip(jobs, solver.solve(x, jobs), strict=True):
@@ -213,6 +214,28 @@ def test_where_conjugate_gradients_are_slow_the_hessian_is_factorised(
     check(x, job, solutions)
     monkeypatch.setattr(newton, "LARGEST_HESSIAN", 0)
     (solutions,) = solver.solve(x, [job])
+    check(x, job, solutions)
+
+
+@pytest.mark.parametrize("solver", SOLVERS[1:])
+def test_many_classes_take_few_products_and_no_factorisation(
+    solver: Solver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """33 products were measured, and 119 with a preconditioner that takes each class for itself."""
+    n, d, n_classes = 200, 48, 10
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(n, d)) / np.arange(1, d + 1)) @ rng.normal(size=(d, d))
+    job = everything(rng.permutation(np.arange(n) % n_classes), (1.0,))
+    products, apply = [], newton._Newton.apply
+
+    def count(self: newton._Newton, v: torch.Tensor) -> torch.Tensor:
+        products.append(v.shape)
+        return apply(self, v)
+
+    monkeypatch.setattr(newton._Newton, "apply", count)
+    monkeypatch.setattr(newton._Newton, "_solve", lambda *_: pytest.fail("a Hessian was factorised"))
+    (solutions,) = solver.solve(x, [job])
+    assert 10 < len(products) < 60
     check(x, job, solutions)
 
 
