@@ -113,12 +113,17 @@ def learnt(rows: Sequence[Row]) -> str:
         for metric in ("accuracy", "auroc"):
             cells = [row for row in legible if row["metric"] == metric]
             best = max(cells, key=number("value"), default=None)
-            line += ["", ""] if best is None else [f"{number('value')(best):.3f}", where(best)]
+            line += (
+                [""] * 3 if best is None else [f"{number('value')(best):.3f}", interval(best), where(best)]
+            )
         read = [row for row in legible if row["metric"] == "auroc" and row["p_corrected"]]
         smallest = min(map(number("p_corrected"), read), default=None)
         lines.append((*line, "" if smallest is None else f"{smallest:.3f}"))
-    head = ("condition", "task accuracy", "95 % interval", "legibility, accuracy", "where", "AUROC", "where")
-    return table("Task and legibility", (*head, "smallest corrected p in every seed"), lines)
+    head = (
+        *("condition", "task accuracy", "95 % interval", "legibility, accuracy", "95 % interval", "where"),
+        *("AUROC", "95 % interval", "where", "smallest corrected p in every seed"),
+    )
+    return table("Task and legibility", head, lines)
 
 
 def control(rows: Sequence[Row]) -> str:
