@@ -18,7 +18,7 @@ Row = Mapping[str, str]
 
 FIGURES = ("memorisation", "auroc", "legibility", "positive-control", "published", "dynamics")
 SHOWN_BATCHES = ("1", "4", "16", "64")
-"""Batch sizes whose gradients are listed; `cosines.csv` has all."""
+"""Batch sizes whose gradients are listed; the Parquet files have all, part by part."""
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def keep(run: Path, place: Path) -> None:
     for name in FIGURES:
         if (run / f"{name}.png").is_file():
             shutil.copyfile(run / f"{name}.png", place / f"{name}.png")
-    for name in ("cosines.csv", "noise.csv"):
+    for name in ("cosines.parquet", "noise.parquet"):
         if (run / "steps" / "dynamics" / name).is_file():
             shutil.copyfile(run / "steps" / "dynamics" / name, place / name)
 
