@@ -117,7 +117,8 @@ def write_shards(
     run. Raises OSError if the store cannot be written, ValueError for states that its dtype cannot hold.
     """
     layout = recipe.layout
-    shape = (recipe.batch_size, len(layout.layers), len(layout.positions), layout.hidden_size)
+    most = min(recipe.batch_size, layout.shard_samples)  # a batch never holds samples of two shards
+    shape = (most, len(layout.layers), len(layout.positions), layout.hidden_size)
     dtype = getattr(torch, layout.dtype)
     started = time.perf_counter()
     forward_seconds = 0.0
