@@ -116,7 +116,7 @@ class DynamicsPart:
 
     def __post_init__(self) -> None:
         if bad := [share for share in self.along if not 0 < share < 1]:
-            raise ValueError(f"dynamics.along: a share of training must lie between 0 and 1, got {bad[0]}")
+            raise ValueError(f"along: a share of training must lie between 0 and 1, got {bad[0]}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,16 +384,16 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return float(value)
     if type(value) is not kind:
         raise ValueError(
-            f"{where} must be {_NAMES[kind]}, got {value!r} (a {_NAMES.get(type(value), type(value).__name__)})"
+            f"{where} must be {_NAMES[kind]}, got {value!r} ({_NAMES.get(type(value), type(value).__name__)})"
         )
     return value
 
 
 _NAMES: Mapping[Any, str] = {
-    int: "whole number",
-    float: "number",
-    str: "text",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
     bool: "true or false",
-    list: "list",
-    dict: "table",
+    list: "a list",
+    dict: "a table",
 }

@@ -46,7 +46,7 @@ def test_a_file_changes_single_settings_of_a_preset(tmp_path: Path) -> None:
         ("rate = 1", "no setting 'rate'"),
         ("[control]\nidentitys = 1", "no setting 'identitys'"),
         ("seeds = 3", "seeds must be a list, got 3"),
-        ('identities = "many"', "identities must be whole number, got 'many'"),
+        ('identities = "many"', "identities must be a whole number, got 'many'"),
         ("rates = [1.5]", r"a watermark rate must lie in \[0, 1\], got 1.5"),
         ("rates = [0.0]", "at least one rate above 0"),
         ("seeds = [1, 1]", "`seeds` holds a value twice"),
