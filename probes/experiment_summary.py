@@ -216,7 +216,8 @@ def name_condition(row: ExperimentRow) -> str:
     batches = f"batches of {row.batch_size}"
     if row.kind == "r0":
         return f"r0, {batches}"
-    return f"rate {row.rate:.0%}, {row.repetitions:.3g} images an identity, {batches}"
+    images = "1 image" if row.repetitions == 1 else f"{row.repetitions:.3g} images"
+    return f"rate {row.rate:.0%}, {images} an identity, {batches}"
 
 
 def name_label(label: str) -> str:
