@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from textwrap import fill
 
 import matplotlib as mpl
 import numpy as np
@@ -37,6 +38,8 @@ from mmextract.probes.results import Results
 FORMATS = ("png", "svg", "pdf")
 INK, GRID = "#333333", "#e4e4e4"
 MOST_COLUMNS = 3
+NAME_WIDTH = 30
+"""Letters that stand beside a row of panels before its name is broken."""
 MOST_TICKS = 12
 MOST_MAPS = 12
 """Layers of which a projection is drawn in the figure: the report has all."""
@@ -101,7 +104,7 @@ def draw_rows(rows: Sequence[tuple[str, list[Panel]]], layers: Sequence[int]) ->
         _draw_panel(ax, panels[column], layers)
         ax.set_title(_plain(_shorten(panels[column].title, 40)), fontsize=10, color=INK)
         if column == 0:
-            ax.set_ylabel(name, fontsize=10, color=INK)
+            ax.set_ylabel(fill(name, NAME_WIDTH), fontsize=10, color=INK)
         if row == n_rows - 1 or column >= len(grid[row + 1][1]):
             ax.set_xlabel("layer", fontsize=10, color=INK)
     _add_legend(figure, axes, [panel for _, panels in grid for panel in panels])
