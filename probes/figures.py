@@ -38,7 +38,7 @@ from mmextract.probes.results import Results
 FORMATS = ("png", "svg", "pdf")
 INK, GRID = "#333333", "#e4e4e4"
 MOST_COLUMNS = 3
-NAME_WIDTH = 30
+NAME_WIDTH = 22
 """Letters that stand beside a row of panels before its name is broken."""
 MOST_TICKS = 12
 MOST_MAPS = 12
