@@ -76,10 +76,10 @@ def write_files(
     results: Mapping[str, TaskResult],
     prompts: Mapping[str, Sequence[PromptRow]],
 ) -> None:
-    from mmextract.engine.objects import LocalObjects
-
     """Write evaluation.json, scores.csv and, where there is something to say, predictions.csv and prompts.csv."""
-    folder = LocalObjects(output)
+    from mmextract.engine.objects import make_local
+
+    folder = make_local(output)
     scores = [
         {"model": model, "score": name, "value": value}
         for model, of in record["scores"].items()

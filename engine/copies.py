@@ -18,7 +18,7 @@ from PIL import Image
 
 from mmextract.engine import watermark
 from mmextract.engine.images import RejectedSample, decode
-from mmextract.engine.objects import LocalObjects
+from mmextract.engine.objects import make_local
 from mmextract.engine.rows import Marking, Row, make_columns, make_rows
 from mmextract.engine.samples import Dataset
 
@@ -52,7 +52,8 @@ def write_copy(
     summary = CopySummary()
     entries: list[dict[str, Any]] = []
     suffix = "png" if jpeg_quality is None else "jpg"
-    (out / "images").mkdir(parents=True)
+    objects = make_local(out)
+    (out / "images").mkdir()
     with ThreadPoolExecutor(threads) as executor:
         for index, (row, made) in enumerate(
             zip(rows, _map(executor, rows, marking, jpeg_quality), strict=True)
@@ -69,7 +70,7 @@ def write_copy(
             known = {key: values[index] for key, values in columns.items() if key not in _RENAMED}
             image = {"image": name} if data else {}
             entries.append({"id": row.id, **image, "conversations": _conversation(row), **known, **found})
-    LocalObjects(out).put(MANIFEST, [json.dumps(entries, indent=1, ensure_ascii=False).encode()])
+    objects.put(MANIFEST, [json.dumps(entries, indent=1, ensure_ascii=False).encode()])
     return summary
 
 

@@ -19,7 +19,7 @@ import pyarrow.parquet
 from mmextract.engine.dynamics import Dynamics, DynamicsSpec
 from mmextract.engine.dynamics_figure import draw, save
 from mmextract.engine.dynamics_rows import CosineRow, NoiseRow
-from mmextract.engine.objects import LocalObjects
+from mmextract.engine.objects import make_local
 from mmextract.engine.rows import describe_marking
 from mmextract.engine.samples import Dataset
 
@@ -46,7 +46,7 @@ def write_outputs(found: Dynamics, record: Mapping[str, Any], folder: Path) -> l
         **{f"dynamics.{kind}": save(figure, kind) for kind in ("png", "svg")},
         RECORD: (json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode(),
     }
-    objects = LocalObjects(folder)
+    objects = make_local(folder)
     for name, data in contents.items():
         objects.put(name, [data])
     return [folder / name for name in contents]

@@ -80,7 +80,7 @@ def make_folders(folder: Path, base: Path) -> list[Path]:
     below = [parent for parent in (folder, *folder.parents) if parent.is_relative_to(base) and parent != base]
     made = [parent for parent in below if not parent.is_dir()]
     for found in below[len(made) :]:
-        _flush_name(found)
+        flush_name(found)
     for missing in reversed(made):
         try:
             missing.mkdir(exist_ok=True)
@@ -89,8 +89,16 @@ def make_folders(folder: Path, base: Path) -> list[Path]:
     return [missing.parent for missing in made]
 
 
+def make_root(folder: Path) -> None:
+    """Create a folder, and those above it, all of which are there to stay when this returns."""
+    folder = folder.absolute()
+    there = next(above for above in (folder, *folder.parents) if above.is_dir())
+    for changed in make_folders(folder, there.parent):
+        flush_folder(changed)
+
+
 @lru_cache(maxsize=1024)
-def _flush_name(folder: Path) -> None:
+def flush_name(folder: Path) -> None:
     """Flush the name of a folder that was found; in a place where we cannot write, it is not of our making."""
     if os.access(folder.parent, os.W_OK):
         flush_folder(folder.parent)

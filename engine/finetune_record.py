@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from mmextract.engine.checkpoints import FINETUNE_RECORD
-from mmextract.engine.files import flush_folder, make_folders
+from mmextract.engine.files import make_root
 from mmextract.engine.objects import LocalObjects
 from mmextract.engine.writer import OtherRunError
 
@@ -32,9 +32,7 @@ def hold(out: Path) -> Iterator[None]:
         raise ValueError(f"{out} is a file: give a folder")
     if out.is_dir() and not (out / FINETUNE_RECORD).is_file() and _visible(out):
         raise ValueError(f"{out} is not empty and no fine-tune of mmextract: give another -o, or remove it")
-    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
-    for changed in make_folders(out.absolute(), there):
-        flush_folder(changed)
+    make_root(out)
     lock = FileLock(out / ".lock", timeout=0)
     try:
         with lock:

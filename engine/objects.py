@@ -23,8 +23,10 @@ from mmextract.engine.files import (
     Buffer,
     beside,
     flush_folder,
+    flush_name,
     flush_tree,
     make_folders,
+    make_root,
     naming,
     raise_error,
     replace_files,
@@ -89,7 +91,11 @@ class Objects(Protocol):
 
 @dataclass(frozen=True)
 class LocalObjects:
-    """Objects as files. What `put` returned from survives a kill of the process and a loss of power."""
+    """Objects as files. What `put` returned from survives a kill of the process and a loss of power.
+
+    Only `create` makes the root. Where it is missing, writes raise FileNotFoundError: a disk that went away, or a store
+    that was moved, is not begun anew in its old place.
+    """
 
     root: Path
 
@@ -117,8 +123,7 @@ class LocalObjects:
             )
         temporary = self.root.with_name(f".{self.root.name}.{this_process()}.{uuid.uuid4().hex}.creating")
         with naming(self.root):
-            for folder in make_folders(self.root.parent, _above_what_is_there(self.root.parent)):
-                flush_folder(folder)
+            make_root(self.root.parent)
             self._sweep_beside()
             try:
                 for key, data in objects.items():
@@ -158,7 +163,8 @@ class LocalObjects:
         target = self.root / key
         temporary = beside(target)
         with naming(target):
-            for folder in make_folders(target.parent, _above_what_is_there(self.root)):
+            flush_name(self.root)
+            for folder in make_folders(target.parent, self.root):
                 flush_folder(folder)
             try:
                 write_new(temporary, data)
@@ -185,9 +191,8 @@ class LocalObjects:
 
     def put_all(self, objects: Mapping[str, Sequence[Buffer]]) -> None:
         """Write several objects; see `files.replace_files`."""
-        replace_files(
-            {self.root / key: parts for key, parts in objects.items()}, _above_what_is_there(self.root)
-        )
+        flush_name(self.root)
+        replace_files({self.root / key: parts for key, parts in objects.items()}, self.root)
 
     def get(self, key: str) -> bytes | None:
         """Return the bytes under `key`, or None if there is no such object."""
@@ -272,8 +277,10 @@ def locate(place: str | Path | Objects) -> Objects:
     return S3Objects(place.rstrip("/"))
 
 
-def _above_what_is_there(folder: Path) -> Path:
-    return next(there for there in (folder, *folder.parents) if there.is_dir()).parent
+def make_local(folder: Path) -> LocalObjects:
+    """Return the objects of a folder that is no store, made if it is not there."""
+    make_root(folder)
+    return LocalObjects(folder)
 
 
 def _is_of_a_dead_process(name: str) -> bool:

@@ -18,14 +18,14 @@ import pytest
 
 from mmextract.engine import lease
 from mmextract.engine.lease import Holder, Lease, LeaseLostError, StoreBusyError
-from mmextract.engine.objects import LocalObjects
+from mmextract.engine.objects import LocalObjects, make_local
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> LocalObjects:
-    return LocalObjects(tmp_path / "a.zarr")
+    return make_local(tmp_path / "a.zarr")
 
 
 @pytest.fixture
@@ -207,9 +207,8 @@ def test_of_many_threads_one_gets_the_lease_of_a_dead_holder(store: LocalObjects
 
 @pytest.mark.parametrize("stale", [False, True], ids=["new", "stale"])
 def test_of_two_processes_one_gets_the_lease(tmp_path: Path, start: Start, stale: bool) -> None:
-    stores = [LocalObjects(tmp_path / str(i)) for i in range(40)]
+    stores = [make_local(tmp_path / str(i)) for i in range(40)]
     for store in stores:
-        store.root.mkdir()
         if stale:
             write_holder(store)
     racers = [start("race", *(store.root for store in stores)) for _ in range(2)]
@@ -256,6 +255,20 @@ def test_an_object_is_created_by_one_of_many(tmp_path: Path) -> None:
     assert sum(won) == 1
     assert objects.get("folder/key") == bytes([won.index(True)])
     assert [file.name for file in (tmp_path / "folder").iterdir()] == ["key"]
+
+
+def test_nothing_is_begun_in_the_place_of_a_store_that_went_away(tmp_path: Path) -> None:
+    objects = make_local(tmp_path / "some where" / "a.zarr")
+    objects.put("shard_digest/c/0", [b"digest"])
+    objects.root.rename(tmp_path / "elsewhere")
+    for put in (
+        lambda: objects.put("zarr.json", [b"root"]),
+        lambda: objects.put_all({"hidden_states/c/1": [b"states"], "record/c/1": [b"record"]}),
+        lambda: objects.put_new("shard_digest/lease", b"lease"),
+    ):
+        with pytest.raises(FileNotFoundError, match=str(objects.root)):
+            put()
+    assert not objects.occupied()
 
 
 def test_a_holder_says_everything_it_must() -> None:
