@@ -1,4 +1,4 @@
-"""The batches of a training in their order, prepared by threads ahead of it and kept for later epochs.
+"""The batches of a training in their order, prepared by threads ahead of it, and kept if they come again.
 
 This module knows nothing about models' weights or optimisers.
 """
@@ -6,6 +6,7 @@ This module knows nothing about models' weights or optimisers.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ class Feed:
     prepare: Preparer
     rejected: dict[str, str] = field(default_factory=dict)
     """Id → why it cannot be had, of the examples met so far."""
+    _uses: Counter[int] = field(default_factory=Counter)
     _kept: dict[int, Prepared] = field(default_factory=dict)
     _kept_bytes: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -44,6 +46,7 @@ class Feed:
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """Yield one batch a step. Raises ValueError for a batch of which no example can be had."""
         chosen = [self.spec.batch(step, len(self.examples)) for step in range(start, stop)]
+        self._uses = Counter(index for batch in chosen for index in batch)
         window = max(2 * self.spec.batch_size, 4 * self.spec.threads)
         with ThreadPoolExecutor(self.spec.threads, "mmextract-prepare") as executor:
             items = in_order(executor, self._prepared, (i for batch in chosen for i in batch), window)
@@ -72,6 +75,8 @@ class Feed:
             prepared = self.prepare(self.examples[index])
         except RejectedSample as refusal:
             return refusal
+        if self._uses[index] < 2:
+            return prepared
         with self._lock:
             if index not in self._kept and self._kept_bytes + prepared.n_bytes <= self.spec.cache_bytes:
                 self._kept[index] = prepared
