@@ -2,7 +2,8 @@
 
 write: hidden states in batches, as a model hands them over, through staging, assembly, encoding and durable writes,
 over a raw write of the same bytes (file by file, each flushed to disk); with a codec, over the slower of the codec
-alone and a raw write of what it gives. read: one layer of all samples, over zarr-python's default pipeline on the same
+alone and a raw write of what it gives, and beside it what that ratio would be if nothing but the codec, the raw write and
+one copy, from the order of samples into that of layers, kept all cores busy all the time. read: one layer of all samples, over zarr-python's default pipeline on the same
 store, from the page cache. memory: what a run holds at its end, over what it held after a tenth of the samples.
 resume: seconds until a run knows what is left of a store of many shards. Peers write as they come; none of them
 flushes to disk or could resume.
@@ -44,21 +45,21 @@ def measure_writes(states: NDArray[Any], scratch: Path, repeats: int) -> dict[st
             "raw": partial(work.write_raw, [part.data for part in parts]),
             "safetensors": partial(work.write_safetensors, parts),
         }
+        in_memory: dict[str, Any] = {"copy": partial(work.copy_to_shards, states, np.empty_like(parts[0]))}
         for codec in CODECS:
             jobs[f"ours {codec}"] = partial(work.write_ours, states, codec)
             jobs[f"zarr-python {codec}"] = partial(work.write_zarr_python, states, codec)
             jobs[f"tensorstore {codec}"] = partial(work.write_tensorstore, states, codec)
             if codec != "none":
                 jobs[f"raw {codec}"] = partial(work.write_raw, encoded[codec])
-        jobs = {name: partial(job, scratch / name) for name, job in jobs.items()}
-        for codec in CODECS:
-            if codec != "none":
-                jobs[f"codec {codec}"] = partial(work.encode_only, parts, codec, executor)
+                in_memory[f"codec {codec}"] = partial(work.encode_only, parts, codec, executor)
+        jobs = {name: partial(job, scratch / name) for name, job in jobs.items()} | in_memory
         timings = alternate(jobs, repeats=repeats, before=partial(_clear, scratch))
     return {
         "n_bytes": states.nbytes,
         "encoded_bytes": {codec: sum(map(len, pieces)) for codec, pieces in encoded.items()},
         "seconds": {name: list(timing.seconds) for name, timing in timings.items()},
+        "processor_seconds": {name: list(timing.processor_seconds) for name, timing in timings.items()},
         "ratios": write_ratios(timings),
     }
 
@@ -76,6 +77,8 @@ def write_ratios(timings: dict[str, Timing]) -> dict[str, float]:
         if codec != "none":
             limit = max(timings[f"codec {codec}"].median, timings[f"raw {codec}"].median)
             ratios[f"ours {codec} ÷ min(codec, raw write)"] = limit / timings[f"ours {codec}"].median
+            needed = sum(timings[name].median_processor for name in ("copy", f"codec {codec}", f"raw {codec}"))
+            ratios[f"at most, {codec}, by processor time"] = limit / (needed / (os.cpu_count() or 1))
     for name, timing in timings.items():
         if name.startswith(("zarr-python", "tensorstore")):
             codec = name.split()[1]

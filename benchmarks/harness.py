@@ -37,11 +37,18 @@ class Timing:
     """Seconds of one thing, measured several times."""
 
     seconds: tuple[float, ...]
+    processor_seconds: tuple[float, ...]
+    """Of all threads of this process."""
 
     @property
     def median(self) -> float:
         """Half of the runs took longer."""
         return statistics.median(self.seconds)
+
+    @property
+    def median_processor(self) -> float:
+        """Half of the runs took more seconds of a processor."""
+        return statistics.median(self.processor_seconds)
 
 
 def alternate(
@@ -57,16 +64,17 @@ def alternate(
     In turn, so that a machine that slows down slows all of them; each round in another order, so that none always
     comes after one that leaves a disk busy or a processor hot. `before` is called with its name, and not timed.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in work}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
     order = random.Random(0)
     for number in range(-1 if warm_up else 0, repeats):
         for name in order.sample(list(work), len(work)):
             before(name)
-            started = clock()
+            started, worked = clock(), time.process_time()
             work[name]()
             if number >= 0:
-                seconds[name].append(clock() - started)
-    return {name: Timing(seconds=tuple(values)) for name, values in seconds.items()}
+                seconds[name].append((clock() - started, time.process_time() - worked))
+    measured = {name: tuple(zip(*values, strict=True)) for name, values in seconds.items()}
+    return {name: Timing(seconds=took, processor_seconds=worked) for name, (took, worked) in measured.items()}
 
 
 def machine() -> dict[str, Any]:

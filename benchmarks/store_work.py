@@ -90,6 +90,14 @@ def shard_arrays(states: NDArray[Any]) -> list[NDArray[Any]]:
     ]
 
 
+def copy_to_shards(states: NDArray[Any], shard: NDArray[Any]) -> None:
+    """Copy states into the order of a shard, [L, S, P, D], one shard after the other."""
+    size = shard.shape[1]
+    for start in range(0, len(states), BATCH):
+        at, part = start % size, states[start : min(start + BATCH, (start // size + 1) * size)]
+        np.copyto(shard[:, at : at + len(part)], part.swapaxes(0, 1))
+
+
 def write_raw(parts: Sequence[bytes | memoryview], folder: Path) -> None:
     """Write the same bytes, a file a shard, each flushed to disk."""
     folder.mkdir()
