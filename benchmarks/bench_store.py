@@ -2,11 +2,11 @@
 
 write: hidden states in batches, as a model hands them over, through staging, assembly, encoding and durable writes,
 over a raw write of the same bytes (file by file, each flushed to disk); with a codec, over the slower of the codec
-alone and a raw write of what it gives, and beside it what that ratio would be if nothing but the codec, the raw write and
-one copy, from the order of samples into that of layers, kept all cores busy all the time. read: one layer of all samples, over zarr-python's default pipeline on the same
-store, from the page cache. memory: what a run holds at its end, over what it held after a tenth of the samples.
-resume: seconds until a run knows what is left of a store of many shards. Peers write as they come; none of them
-flushes to disk or could resume.
+alone and a raw write of what it gives, and beside it what that ratio would be if nothing but the codec, the raw write
+and one copy, from the order of samples into that of layers, kept all cores busy all the time. read: one layer of all
+samples, over zarr-python's default pipeline on the same store, from the page cache. memory: what a run holds at its
+end, over what it held after a tenth of the samples. resume: seconds until a run knows what is left of a store of many
+shards. Peers write as they come; none of them flushes to disk or could resume.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def write_ratios(timings: dict[str, Timing]) -> dict[str, float]:
         if codec != "none":
             limit = max(timings[f"codec {codec}"].median, timings[f"raw {codec}"].median)
             ratios[f"ours {codec} ÷ min(codec, raw write)"] = limit / timings[f"ours {codec}"].median
-            needed = sum(timings[name].median_processor for name in ("copy", f"codec {codec}", f"raw {codec}"))
+            needed = sum(
+                timings[name].median_processor for name in ("copy", f"codec {codec}", f"raw {codec}")
+            )
             ratios[f"at most, {codec}, by processor time"] = limit / (needed / (os.cpu_count() or 1))
     for name, timing in timings.items():
         if name.startswith(("zarr-python", "tensorstore")):

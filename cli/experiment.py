@@ -45,6 +45,7 @@ def experiment(config: Path | None, preset: str | None, output: Path, dry_run: b
 
     from mmextract.engine.experiment import Experiment
     from mmextract.engine.experiment_spec import read_experiment
+    from mmextract.engine.experiment_steps import model_steps
     from mmextract.engine.steps import hold, plan_steps, run_steps
     from mmextract.probes.experiment_steps import probe_steps
 
@@ -52,7 +53,7 @@ def experiment(config: Path | None, preset: str | None, output: Path, dry_run: b
     planned = Experiment(spec)
     for text in spec.left_out:
         note(f"left out: {text}")
-    steps = [*planned.steps(output), *probe_steps(planned, output)]
+    steps = [*model_steps(planned, output), *probe_steps(planned, output)]
     if dry_run:
         plan = plan_steps(steps, output)
         click.echo(json.dumps(_plan_record(plan)) if options["json"] else _plan_text(plan, output))

@@ -18,6 +18,7 @@ from mmextract.engine.experiment_spec import (
     ExperimentSpec,
     ProbeSpec,
 )
+from mmextract.engine.experiment_steps import model_steps
 from mmextract.engine.steps import Advance, Step, run_steps, write_json
 from mmextract.probes.experiment_results import ExperimentResults, collect
 from mmextract.probes.experiment_steps import CELLS, probe_steps
@@ -56,7 +57,7 @@ def make_results(
     experiment = Experiment(make_spec(**spec))
     steps = [
         replace(step, run=_maker(experiment, step, probe_folder, effect, control_effect, reads))
-        for step in (*experiment.steps(top), *probe_steps(experiment, top))
+        for step in (*model_steps(experiment, top), *probe_steps(experiment, top))
     ]
     run_steps(steps, top)
     return collect(experiment, top, steps)
