@@ -162,15 +162,15 @@ class Experiment:
         return bool(self.spec.probe.legibility) and run.kind != CONTROL
 
     @property
-    def followed(self) -> Run:
-        """The run along which gradients are taken: of the first seed, at the highest rate."""
+    def strongest(self) -> Run:
+        """The run whose gradients are followed, and that is projected: highest rate, most repetitions, first seed."""
         first = [run for run in self.runs if run.seed == self.spec.seeds[0] and run.kind == MARKED]
-        return max(first, key=lambda run: run.rate)
+        return max(first, key=lambda run: (run.rate, run.repetitions or 0))
 
     def snapshots(self, run: Run) -> tuple[int, ...]:
         """Return the steps after which a run's model is kept."""
         settings = self.spec.dynamics
-        if not settings.enabled or run != self.followed:
+        if not settings.enabled or run != self.strongest:
             return ()
         n_steps = self.finetune_spec(run).n_steps(self.n_trained(run))
         steps = {max(1, round(share * n_steps)) for share in settings.along}

@@ -217,7 +217,7 @@ def _n_control_rows(experiment: Experiment, seed: int) -> int:
 
 
 def _dynamics(experiment: Experiment, top: Path) -> Step:
-    settings, seed, last = experiment.spec.dynamics, experiment.spec.seeds[0], experiment.followed
+    settings, seed, last = experiment.spec.dynamics, experiment.spec.seeds[0], experiment.strongest
     snapshots = experiment.snapshots(last)
     rates = tuple(sorted({0.0, *experiment.spec.rates}))
     n_samples = min(settings.samples, len(experiment.training.samples))

@@ -57,7 +57,7 @@ def write_report(results: ExperimentResults, command: str) -> list[Path]:
     record = make_record(verdict, command)
     panels, layers = make_panels(results), find_layers(results)
     drawn = {name: draw_rows(rows, layers) for name, rows in panels.items()}
-    shown = load_results(results.top / FOLDER / f"{MEMORY}-{results.strongest.name}")
+    shown = load_results(results.top / FOLDER / f"{MEMORY}-{results.experiment.strongest.name}")
     if shown.maps:
         drawn["projection"] = draw_projection(shown, *shown.figure_maps[0])
     files = {
@@ -167,7 +167,7 @@ def render(
         steps=results.steps,
         charts=json_for_html(charts),
         charts_projection=charts["projections"] is not None and "projection" in images,
-        strongest=results.strongest.name,
+        strongest=results.experiment.strongest.name,
         heads=EFFECT_HEADS,
         data=json_for_html({name: value for name, value in record.items() if name not in large}),
         plotly=Markup(plotly_text()),
@@ -250,7 +250,7 @@ def _how(results: ExperimentResults) -> dict[str, str]:
     """Return what was done, a line each."""
     spec, experiment = results.experiment.spec, results.experiment
     conditions = {run.condition for run in experiment.runs if run.kind == "marked"}
-    settings = experiment.finetune_spec(results.strongest)
+    settings = experiment.finetune_spec(experiment.strongest)
     lora = "all weights" if settings.full else f"LoRA of rank {settings.rank}"
     lines = {
         "Model": f"{spec.model}, fine-tuned by {lora}, learning rate {settings.learning_rate:g}",

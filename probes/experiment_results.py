@@ -93,13 +93,6 @@ class ExperimentResults:
         above = row.value > (row.chance or 0.0)
         return above and row.p_corrected is not None and row.p_corrected <= 1 - CONFIDENCE + 1e-12
 
-    @property
-    def strongest(self) -> Run:
-        """The run that is shown in a projection: highest rate, most repetitions, first seed."""
-        marked = [run for run in self.experiment.runs if run.kind == MARKED]
-        first = [run for run in marked if run.seed == self.experiment.spec.seeds[0]]
-        return max(first, key=lambda run: (run.rate, run.repetitions or 0))
-
 
 def collect(experiment: Experiment, top: Path, steps: Sequence[Step]) -> ExperimentResults:
     """Read all steps' results. They have to be done."""
