@@ -87,8 +87,9 @@ def add_character(
     """Return the columns with that of a label such as `identity_user_id[0]` or `identity_user_id[0]<5`.
 
     The first is the first character of another column; characters that occur in fewer than `least` groups, of the
-    samples selected by `where`, are left empty: so many does a class need to be split into folds, and how many
-    different texts begin with it does not matter. group: see `groups.choose_group`; without groups every sample counts.
+    samples with states that `where` selects, are left empty: so many does a class need to be split into folds, and how
+    many different texts begin with it does not matter. group: see `groups.choose_group`; without groups every sample
+    counts.
     The second tells those before "5", by their code points, from the rest: two classes, which fewer samples suffice
     for. Any other label leaves the columns as they are. Raises LookupError for a group that is no column.
     """
@@ -101,6 +102,8 @@ def add_character(
         halves = [("<" if c < limit else "≥") + limit if c else "" for c in characters]
         return {**columns, label: np.array(halves, object)}
     keep = np.ones(len(texts), bool) if where is None else select(where, columns, len(texts))
+    if "rejected" in columns:
+        keep = keep & (columns["rejected"].astype(str) == "")
     kept = {name: values[keep] for name, values in columns.items()}
     name, _ = choose_group(kept, group)
     groups = encode_groups(kept[name]) if name else np.arange(int(keep.sum()))

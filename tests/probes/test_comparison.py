@@ -150,6 +150,9 @@ def test_a_label_can_be_the_first_character_of_a_column_and_rare_ones_are_left_o
     assert common.tolist() == ["1", "1", "1", "2", "2", ""]  # 11 and 12 share the 1, 31 is alone with its 3
     seen = add_character(columns, "identity_user_id[0]", where="condition == 'seen'", least=2)
     assert seen["identity_user_id[0]"].tolist() == ["1", "1", "1", "", "", ""]
+    refused = {**columns, "rejected": np.array(["", "", "", "", "no file", ""], object)}
+    some = add_character(refused, "identity_user_id[0]", least=2)["identity_user_id[0]"]
+    assert some.tolist() == ["1", "1", "1", "", "", ""]
     halves = add_character(columns, "identity_user_id[0]<3")["identity_user_id[0]<3"]
     assert halves.tolist() == ["<3", "<3", "<3", "<3", "<3", "≥3"]
     short = add_character(columns, "identity_user_id[2]<3")["identity_user_id[2]<3"]
