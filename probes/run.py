@@ -84,6 +84,8 @@ class ProbePlan:
     """[n] value of the group column, or the sample's id."""
     other: OtherStore | None = None
     """What it is compared with."""
+    streamed_elements: int = 0
+    """Elements that the solver of streamed states takes at once (see `states.stream`); 0 where states are held."""
 
     @property
     def cells(self) -> list[Cell]:
