@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from distributed import Client, LocalCluster
 
-from mmextract.cli.main import main
+from mmextract.cli.probe import probe
 from mmextract.probes import blocks, planning, states
 from mmextract.probes.outputs import make_table
 from mmextract.probes.rows import Row
@@ -103,7 +103,7 @@ def test_the_command_writes_what_is_found_of_states_in_memory(
 ) -> None:
     options = ["--folds", "3", "--repeats", "1", "--c", "0.1", "--permutations", "19", "--projections", "pca"]
     options += ["--compare", str(pair[1]), "--stream", "always", "-o", str(tmp_path / "out")]
-    done = CliRunner().invoke(main, ["probe", str(pair[0]), *options])
+    done = CliRunner().invoke(probe, [str(pair[0]), *options])
     assert done.exit_code == 0, done.output
     plan = plan_probe(pair[0], replace(FAST, inner_folds=3, penalties=(0.1,)), compare_with=pair[1])
     held = make_table(score(plan)).drop(["solver"]).to_pylist()
