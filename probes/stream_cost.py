@@ -21,11 +21,15 @@ PASSES = 40
 """Of a batch of training sets, until the last of its problems is solved: 17 to 69 where 1,000 to 16,000 samples × 100
 features, alike or of very different widths, were fitted with and without a signal at five values of C."""
 
-READ_SECONDS = 2e-9
-"""Of one core, for each number of a layer's chunks: decoded, widened and looked at."""
+READ_SECONDS = 1e-8
+"""Of one core, for each number of a layer's chunks: decoded, widened and looked at. Measured, as what follows, on
+float32 of bfloat16's values in shards of 32 × 1024."""
 
-FLOPS = 2e10
-"""Double-precision operations a second of one core's matrix products."""
+MOMENT_FLOPS, PRODUCT_FLOPS = 3e10, 6e9
+"""Double-precision operations a second of one core: of second moments, and of products with a few columns."""
+
+EIGEN_SECONDS = 3e-10
+"""Of one core, times D³: what `cost` takes for a training set's eigenvectors."""
 
 
 def streamed_task_bytes(plan: ProbePlan) -> int:
@@ -51,9 +55,9 @@ def streamed_seconds(plan: ProbePlan) -> float:
     n, d = plan.design.n_samples, plan.hidden_size
     seconds = 0.0
     for one in list_rounds(plan):
-        moments = one.n_sets * (2 * n * d**2 + 25 * d**3)
-        products = PASSES * 2 * n * d * one.n_fits * one.n_outputs
-        seconds += PASSES * _count_batches(plan, one) * _pass_seconds(plan) + (moments + products) / FLOPS
+        seconds += PASSES * _count_batches(plan, one) * _pass_seconds(plan)
+        seconds += one.n_sets * _moment_seconds(plan)
+        seconds += PASSES * 2 * n * d * one.n_fits * one.n_outputs / PRODUCT_FLOPS
     stores = 1 if plan.other is None else 1 + 1 / len(plan.tasks)
     return stores * seconds
 
@@ -65,9 +69,14 @@ def streamed_permutation_seconds(plan: ProbePlan) -> float:
     columns = n_penalties * n_outputs
     together = max(1, permutation.MOST_ELEMENTS // (columns * (n + d)))
     together = max(1, min(together, _most_columns(plan) // columns))
-    shared = PASSES * _pass_seconds(plan) + (2 * n * d**2 + 25 * d**3) / FLOPS
-    own = PASSES * 2 * n * d * columns / FLOPS
+    shared = PASSES * _pass_seconds(plan) + _moment_seconds(plan)
+    own = PASSES * 2 * n * d * columns / PRODUCT_FLOPS
     return (1 if plan.other is None else 2) * plan.settings.folds * (shared / together + own)
+
+
+def _moment_seconds(plan: ProbePlan) -> float:
+    n, d = plan.design.n_samples, plan.hidden_size
+    return 2 * n * d**2 / MOMENT_FLOPS + EIGEN_SECONDS * d**3
 
 
 def _pass_seconds(plan: ProbePlan) -> float:
