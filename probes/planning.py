@@ -116,10 +116,17 @@ def available_bytes() -> int:
 
 
 def fits(plan: ProbePlan, client: Client | None = None) -> bool:
-    """Whether one worker fits into what is free; of a cluster, whether every worker has memory for all its threads."""
+    """Whether one worker fits into what is free; of a cluster, whether every worker has memory for a probe.
+
+    For states that are streamed a worker of a cluster must have memory for a probe in each of its threads.
+    """
     if client is None:
         return predict_bytes(plan) <= available_bytes()
-    return all(limit <= 0 or needed <= limit for _, _, limit, needed in _list_workers(plan, client))
+    one = predict_bytes(plan)
+    return all(
+        limit <= 0 or (needed if plan.streamed_elements else one) <= limit
+        for _, _, limit, needed in _list_workers(plan, client)
+    )
 
 
 def choose_workers(plan: ProbePlan, workers: int, cores: int) -> int:
