@@ -205,7 +205,7 @@ def test_the_less_memory_the_less_is_solved_at_once(store: Path, monkeypatch: py
 def test_a_cluster_streams_what_its_workers_cannot_hold(store: Path, pair: tuple[Path, Path]) -> None:
     with (
         LocalCluster(
-            n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None, memory_limit="1GiB"
+            n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None, memory_limit="4GiB"
         ) as cluster,
         Client(cluster) as client,
     ):
