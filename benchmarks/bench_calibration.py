@@ -27,7 +27,7 @@ from harness import save, show
 from mmextract.probes.design import Design
 from mmextract.probes.rows import Row, make_rows
 from mmextract.probes.run import ProbePlan
-from mmextract.probes.scoring import score_states
+from mmextract.probes.scoring import hold_states, score_states
 from mmextract.probes.settings import ProbeSettings
 from mmextract.probes.tasks import make_task
 
@@ -121,7 +121,11 @@ def run_draw(draw: Draw) -> list[Row]:
     signals = [0.0] * (N_LAYERS - 1) + [draw.signal]
     scores = {
         (layer, "last"): score_states(
-            plan, *(draw_states(draw.shape, design, signal, rng) for _ in range(1 + draw.compare))
+            plan,
+            *(
+                hold_states(plan, draw_states(draw.shape, design, signal, rng))
+                for _ in range(1 + draw.compare)
+            ),
         )
         for layer, signal in enumerate(signals)
     }

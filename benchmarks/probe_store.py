@@ -21,8 +21,9 @@ from mmextract.engine.store import open_store
 from mmextract.engine.writer import open_writer
 from mmextract.probes.blocks import StoredStates
 from mmextract.probes.cost import predict_seconds
-from mmextract.probes.planning import choose_workers, list_rounds, predict_bytes
+from mmextract.probes.planning import choose_workers, predict_bytes
 from mmextract.probes.primal import PrimalSolver
+from mmextract.probes.rounds import list_rounds
 from mmextract.probes.run import plan_probe, run_probe
 from mmextract.probes.scoring import score_cell
 from mmextract.probes.settings import ProbeSettings

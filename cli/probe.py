@@ -78,6 +78,14 @@ _MOST_COLUMNS = 8
     help="auto: dual or primal, both exact, by shape; sklearn and cuml: those packages' own.",
 )
 @click.option(
+    "--stream",
+    type=click.Choice(("auto", "always", "never")),
+    default="auto",
+    show_default=True,
+    help="Read states from the store in each pass in place of holding a layer in memory: slower, and scores are the "
+    "same; auto: where not even one worker could hold it; with the solvers auto and primal.",
+)
+@click.option(
     "--permutations",
     type=click.IntRange(min=0),
     help="Shuffles of the label behind p-values and intervals; 0: no p-values.  [default: 200, fewer if costly]",
@@ -158,23 +166,25 @@ def probe(
         "penalties": penalties,
         **options,
     }
-    plans = [plan_probe(store, ProbeSettings(label=name, **chosen), compare_with=compared) for name in labels]
-    _announce(
-        dict.fromkeys(text for plan in plans for text in plan.design.notes),
-        dict.fromkeys(text for plan in plans for text in plan.design.warnings),
-    )
-    if dry_run:
-        click.echo("\n\n".join(planning.describe(plan, workers, predict_seconds(plan)) for plan in plans))
-        return
     on_cluster = scheduler or scheduler_file
-    with (
-        connect(scheduler, scheduler_file) if on_cluster else nullcontext() as client,
-        progress_bar("probe", sum(len(plan.cells) for plan in plans), "probes") as advance,
-    ):
-        summaries = [
-            Summary(plan, run_probe(plan, workers=workers, client=client, on_progress=advance))
-            for plan in plans
+    with connect(scheduler, scheduler_file) if on_cluster else nullcontext() as client:
+        plans = [
+            plan_probe(store, ProbeSettings(label=name, **chosen), compare_with=compared, client=client)
+            for name in labels
         ]
+        _announce(
+            dict.fromkeys(text for plan in plans for text in plan.design.notes),
+            dict.fromkeys(text for plan in plans for text in plan.design.warnings),
+        )
+        if dry_run:
+            texts = (planning.describe(plan, workers, predict_seconds(plan), client) for plan in plans)
+            click.echo("\n\n".join(texts))
+            return
+        with progress_bar("probe", sum(len(plan.cells) for plan in plans), "probes") as advance:
+            summaries = [
+                Summary(plan, run_probe(plan, workers=workers, client=client, on_progress=advance))
+                for plan in plans
+            ]
         descriptions = [
             description.describe(
                 s.plan, wished, (s.best.layer, s.best.position), other=compared, client=client
@@ -182,20 +192,20 @@ def probe(
             for s in summaries
         ]
     command = shlex.join(["mmextract", *sys.argv[1:]])
-    texts, selections = [], {}
+    found, selections = [], {}
     for name, summary, described in zip(labels, summaries, descriptions, strict=True):
         folder = output / _name_folder(name) if len(labels) > 1 else output
         _announce((), summary.anomalies)
         record = make_record(summary, command, described)
         files = write_outputs(summary, record, folder, described)
-        texts.append(_text(summary, folder))
+        found.append(_text(summary, folder))
         selections[name] = _select(summary, record, files)
     if len(labels) > 1:
         write_tables([row for summary in summaries for row in summary.rows], output)
     if as_json:
         click.echo(json.dumps(selections if len(labels) > 1 else selections[labels[0]]))
     else:
-        click.echo("\n\n".join(texts))
+        click.echo("\n\n".join(found))
 
 
 def _read_labels(text: str) -> list[str]:

@@ -116,10 +116,12 @@ def make_batches(jobs: Sequence[Job], size: Callable[[RowSet], int], most: int) 
         members.setdefault(key, []).append(number)
     alike: dict[tuple[bool, int, int, int], list[RowSet]] = {}
     for (_, *shape), numbers in members.items():
-        first, n_classes = jobs[numbers[0]], int(shape[1])
-        n_outputs = 1 if n_classes == 2 else n_classes
+        first = jobs[numbers[0]]
         row_set = RowSet(
-            rows=first.rows, scale=first.scale, jobs=tuple(numbers), n_columns=n_outputs * len(numbers)
+            rows=first.rows,
+            scale=first.scale,
+            jobs=tuple(numbers),
+            n_columns=count_outputs(first) * len(numbers),
         )
         alike.setdefault((*shape, len(numbers)), []).append(row_set)  # type: ignore[arg-type]
     for row_sets in alike.values():
@@ -131,6 +133,11 @@ def make_batches(jobs: Sequence[Job], size: Callable[[RowSet], int], most: int) 
                 batch = []
             batch.append(row_set)
         yield batch
+
+
+def count_outputs(job: Job) -> int:
+    """Return the logits of a sample: one for two classes, one a class for more."""
+    return 1 if (n_classes := _count_classes(job)) == 2 else n_classes
 
 
 def _count_classes(job: Job) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmextract.engine.store import Store
+from mmextract.probes.blocks import read_rows
 from mmextract.probes.groups import IntArray, encode_groups
 from mmextract.probes.jackknife import make_blocks, make_interval, sum_pairs
 from mmextract.probes.metrics import FloatArray
@@ -110,8 +111,8 @@ def cka_between(
     groups = np.arange(len(rows_a)) if group is None else encode_groups(store_a.columns[group][rows_a])
     found = []
     for layer in layers:
-        x = store_a.read(layer, position)[rows_a].astype(np.float64)
-        y = store_b.read(layer, position)[rows_b].astype(np.float64)
+        x = read_rows(store_a, layer, position, rows_a)
+        y = read_rows(store_b, layer, position, rows_b)
         there = np.isfinite(x).all(1) & np.isfinite(y).all(1)
         if there.sum() < LEAST_SAMPLES:
             raise ValueError(

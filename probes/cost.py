@@ -1,12 +1,15 @@
 """How long a run takes, roughly, and what follows from that.
 
-The figures are for choosing, not for promising. This module knows nothing about stores.
+The figures are for choosing, not for promising; `stream_cost` has those of states that are streamed. This module
+knows nothing about stores.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from mmextract.probes.stream_cost import streamed_permutation_seconds, streamed_seconds
 
 if TYPE_CHECKING:
     from mmextract.probes.run import ProbePlan
@@ -40,6 +43,8 @@ def predict_seconds(plan: ProbePlan) -> float:
         task = n_sets * (3e-11 * n * d * k + 3e-10 * k**3) + n_outer * (inner + 1) * (5e-4 + 1.2e-8 * n * k)
     n_stores = 1 if plan.other is None else 2
     tests = settings.n_permutations * predict_permutation(plan)
+    if plan.streamed_elements:
+        return len(plan.cells) * streamed_seconds(plan) + tests
     return len(plan.cells) * n_stores * len(plan.tasks) * task + tests
 
 
@@ -48,6 +53,8 @@ def predict_permutation(plan: ProbePlan) -> float:
 
     Measured with 200 shuffles, 5 folds and 3 values of C: 3.5 s at 500 samples × 1024 features, 11.5 s at 1,000 × 3584.
     """
+    if plan.streamed_elements:
+        return len(plan.cells) * streamed_permutation_seconds(plan)
     n, n_stores = plan.design.n_samples, 1 if plan.other is None else 2
     fit = 5e-4 + 4e-9 * n * min(n, plan.hidden_size)
     return len(plan.cells) * n_stores * len(plan.settings.test_penalties) * plan.settings.folds * fit

@@ -19,6 +19,7 @@ from dask.delayed import delayed
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from mmextract.engine.store import open_store
+from mmextract.probes.blocks import read_rows
 from mmextract.probes.cka import MOST_SAMPLES, cka_between
 from mmextract.probes.design import Design
 from mmextract.probes.projections import LEAST_SAMPLES, Projection, Wish, align_signs, project
@@ -206,7 +207,7 @@ def _run(
 
 def _describe_cell(work: _Work, layer: int, position: str) -> Found:
     # the probes have refused states that are not finite
-    x = open_store(work.store).read(layer, position)[work.design.rows].astype(np.float64)
+    x = read_rows(open_store(work.store), layer, position, work.design.rows)
     with threadpool_limits(1):
         measures = measure(x, work.labellings) if work.labellings else []
     methods = work.methods[layer, position]

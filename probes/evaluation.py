@@ -3,12 +3,12 @@ inside.
 
 Features are scaled by each training set's own statistics, and C minimises the log-loss over an inner grouped
 split of that training set; no test sample takes part in either. This module knows nothing about stores,
-layers or files.
+layers or files, nor where states are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from mmextract.probes.groups import IntArray
 from mmextract.probes.metrics import METRICS, Estimate, FloatArray, mean_log_loss, score
 from mmextract.probes.settings import ProbeSettings
-from mmextract.probes.solvers import Job, Solution, Solver
+from mmextract.probes.solvers import Job, Solution
+from mmextract.probes.states import States
 from mmextract.probes.tasks import FoldArray, Task, weigh_classes
 
 N_DIRECTIONS = 8
@@ -87,11 +88,11 @@ class _FitLog:
 
 
 def evaluate(
-    x: FloatArray, groups: IntArray, tasks: Sequence[Task], solver: Solver, settings: ProbeSettings
+    states: States, groups: IntArray, tasks: Sequence[Task], settings: ProbeSettings
 ) -> list[TaskScores]:
-    """Score every task on features x [n, D] whose samples belong to groups [n]."""
+    """Score every task on states [n, D] whose samples belong to groups [n]."""
     results = []
-    for task, (decisions, penalties, log) in zip(tasks, _fit(x, tasks, solver, settings), strict=True):
+    for task, (decisions, penalties, log) in zip(tasks, _fit(states, tasks, settings), strict=True):
         scored = score(decisions[None], task.y[None], task.folds, groups)
         results.append(
             TaskScores(
@@ -108,7 +109,7 @@ def evaluate(
     return results
 
 
-def evaluate_baselines(x: FloatArray, groups: IntArray, label: Task, seed: int) -> list[TaskScores]:
+def evaluate_baselines(states: States, groups: IntArray, label: Task, seed: int) -> list[TaskScores]:
     """Return the scores of the majority class and of random directions.
 
     The first gives every test sample the class frequencies of its training set. The second projects the features on
@@ -117,7 +118,7 @@ def evaluate_baselines(x: FloatArray, groups: IntArray, label: Task, seed: int) 
     """
     majority = score(_predict_majority(label)[None], label.y[None], label.folds, groups)
     y = np.broadcast_to(label.y, (N_DIRECTIONS, len(label.y)))
-    random = score(_decide_at_random(x, label, seed), y, label.folds, groups)
+    random = score(_decide_at_random(states, label, seed), y, label.folds, groups)
     return [
         TaskScores(task="majority", y=label.y, values=_values(majority), deviations=_deviations(majority)),
         TaskScores(
@@ -142,7 +143,7 @@ def _outer_splits(task: Task) -> list[tuple[int, int]]:
 
 
 def _fit(
-    x: FloatArray, tasks: Sequence[Task], solver: Solver, settings: ProbeSettings
+    states: States, tasks: Sequence[Task], settings: ProbeSettings
 ) -> list[tuple[FloatArray, tuple[float, ...], _FitLog]]:
     """Return, for each task, out-of-fold decisions [repeats, n, outputs], the C of each probe and what it took.
 
@@ -150,17 +151,17 @@ def _fit(
     labels.
     """
     logs = [_FitLog() for _ in tasks]
-    penalties = _choose_penalties(x, tasks, solver, settings, logs)
+    penalties = _choose_penalties(states, tasks, settings, logs)
     decisions = [_make_decisions(task) for task in tasks]
     splits = [(at, r, k) for at, task in enumerate(tasks) for r, k in _outer_splits(task)]
     jobs = [
         _make_job(tasks[at].y, tasks[at].folds[r] != k, (c,), settings)
         for (at, r, k), c in zip(splits, chain(*penalties), strict=True)
     ]
-    for (at, r, k), (solution,) in zip(splits, solver.solve(x, jobs), strict=True):
+    tests = (np.flatnonzero(tasks[at].folds[r] == k) for at, r, k in splits)
+    for (at, r, k), ((solution,), (decided,)) in zip(splits, states.fit(jobs, tests), strict=True):
         logs[at].add(solution)
-        test = np.flatnonzero(tasks[at].folds[r] == k)
-        decisions[at][r, test] = solution.decide(x[test])
+        decisions[at][r, tasks[at].folds[r] == k] = decided
     return list(zip(decisions, map(tuple, penalties), logs, strict=True))
 
 
@@ -178,7 +179,7 @@ def _make_decisions(task: Task) -> FloatArray:
 
 
 def _choose_penalties(
-    x: FloatArray, tasks: Sequence[Task], solver: Solver, settings: ProbeSettings, logs: Sequence[_FitLog]
+    states: States, tasks: Sequence[Task], settings: ProbeSettings, logs: Sequence[_FitLog]
 ) -> list[list[float]]:
     """Return, for each task, the C of each outer training set: of least mean log-loss over its inner split, the
     smallest of equals."""
@@ -193,13 +194,13 @@ def _choose_penalties(
             for number, k in splits
         ]
         losses: list[list[list[float]]] = [[] for _ in outer]
-        for (number, k), solutions in zip(splits, solver.solve(x, jobs), strict=True):
+        tests = (np.flatnonzero(folds[number] == k) for number, k in splits)
+        for (number, k), (solutions, decided) in zip(splits, states.fit(jobs, tests), strict=True):
             at = outer[number][0]
-            test = np.flatnonzero(folds[number] == k)
-            held_out, y = x[test], tasks[at].y[test]
+            y = tasks[at].y[folds[number] == k]
             for solution in solutions:
                 logs[at].add(solution)
-            losses[number].append([mean_log_loss(s.decide(held_out), y) for s in solutions])
+            losses[number].append([mean_log_loss(logits, y) for logits in decided])
         chosen = [grid[int(np.argmin(np.mean(loss, axis=0)))] for loss in losses]
     return [
         [c for (number, _, _), c in zip(outer, chosen, strict=True) if number == at]
@@ -217,15 +218,19 @@ def _predict_majority(task: Task) -> FloatArray:
     return decisions[:, :, 1:] - decisions[:, :, :1] if n_classes == 2 else decisions
 
 
-def _decide_at_random(x: FloatArray, task: Task, seed: int) -> FloatArray:
+def _project_at_random(states: States, task: Task, seed: int) -> Iterator[FloatArray]:
+    """Yield, for each outer split, the states [n, N_DIRECTIONS] along random directions, scaled as in training."""
+    directions = np.random.default_rng([seed, 4]).normal(size=(states.shape[1], N_DIRECTIONS))
+    scales = states.deviations(np.flatnonzero(task.folds[r] != k) for r, k in _outer_splits(task))
+    return states.project(directions / np.where(scale > 0, scale, 1.0)[:, None] for scale in scales)
+
+
+def _decide_at_random(states: States, task: Task, seed: int) -> FloatArray:
     """Return [N_DIRECTIONS, repeats, n, outputs]: logits of linear discriminants on random projections."""
     n_classes = int(task.y.max()) + 1
-    directions = np.random.default_rng([seed, 4]).normal(size=(x.shape[1], N_DIRECTIONS))
-    decisions = np.empty((N_DIRECTIONS, len(task.folds), len(x), n_classes))
-    for r, k in _outer_splits(task):
+    decisions = np.empty((N_DIRECTIONS, *task.folds.shape, n_classes))
+    for (r, k), along in zip(_outer_splits(task), _project_at_random(states, task, seed), strict=True):
         train, test = task.folds[r] != k, task.folds[r] == k
-        scale = x[train].std(0)
-        along = x @ (directions / np.where(scale > 0, scale, 1.0)[:, None])  # [n, directions]
         y = task.y[train]
         means = np.stack([along[train][y == c].mean(0) for c in range(n_classes)])  # [class, direction]
         width = ((along[train] - means[y]) ** 2).mean(0)

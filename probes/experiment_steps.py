@@ -99,6 +99,11 @@ def _settings(experiment: Experiment, label: str, seed: int, **others: Any) -> P
     )
 
 
+def _decisive(settings: ProbeSettings) -> dict[str, Any]:
+    """Return the settings that results depend on: where states are while probes are fitted is none of them."""
+    return {name: value for name, value in asdict(settings).items() if name != "stream"}
+
+
 def _memory(experiment: Experiment, which: Run, top: Path) -> Step:
     """Tell seen from unseen, identities held out, and hold it against r0."""
     only = f"pair < {experiment.spec.control.identities}" if which.kind == CONTROL else None
@@ -116,7 +121,7 @@ def _memory(experiment: Experiment, which: Run, top: Path) -> Step:
         write_json(folder, CELLS, list(_cells(summary)))
 
     needs = (f"dump-{which.name}",) + (() if reference is None else (f"dump-{reference.name}",))
-    decision = {"settings": asdict(settings), "projections": experiment.spec.probe.projections}
+    decision = {"settings": _decisive(settings), "projections": experiment.spec.probe.projections}
     return _step(experiment, f"{MEMORY}-{which.name}", decision, needs, run, 1 if reference is None else 2)
 
 
@@ -160,7 +165,7 @@ def _legibility(experiment: Experiment, which: Run, top: Path) -> Step:
             rows += [asdict(row) for row in summary.rows if row.task == "label" and row.metric in kept]
         write_json(folder, "rows.json", rows)
 
-    decision = {"settings": [asdict(chosen) for chosen in settings]}
+    decision = {"settings": [_decisive(chosen) for chosen in settings]}
     name = f"{LEGIBILITY}-{which.name}"
     return _step(experiment, name, decision, (f"strangers-{which.name}",), run, len(labels))
 

@@ -26,6 +26,7 @@ import pyarrow.parquet
 from mmextract.probes.comparison import OtherStore
 from mmextract.probes.description import Description
 from mmextract.probes.pictures import make_pictures
+from mmextract.probes.planning import describe_states
 from mmextract.probes.results import PROJECTIONS, RECORD, Results
 from mmextract.probes.rows import COLUMNS, Row
 from mmextract.probes.summary import Summary
@@ -191,6 +192,7 @@ def make_record(summary: Summary, command: str, description: Description | None 
         if summary.is_tested
         else None,
         "compare": _describe_other(plan.other),
+        "states": describe_states(plan),
         "layers": list(plan.layers),
         "positions": list(plan.positions),
         "fits": {

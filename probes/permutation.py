@@ -25,7 +25,8 @@ from mmextract.probes.evaluation import TaskScores
 from mmextract.probes.groups import IntArray
 from mmextract.probes.metrics import Estimate, FloatArray, rank, score
 from mmextract.probes.settings import ProbeSettings
-from mmextract.probes.solvers import Job, Solver
+from mmextract.probes.solvers import Job
+from mmextract.probes.states import States
 from mmextract.probes.tasks import FoldArray, Task, shuffle_labels, weigh_classes
 
 POWER = 0.8
@@ -81,14 +82,13 @@ def make_shuffles(design: Design, fold: FoldArray, n_shuffles: int, seed: int) -
 
 
 def run_test(
-    x: FloatArray,
+    states: States,
     design: Design,
     label: Task,
-    solver: Solver,
     settings: ProbeSettings,
     chosen: Sequence[float],
 ) -> tuple[PermutationTest, Shuffled]:
-    """Test the label on features x [n, D] against `settings.n_permutations` shuffles.
+    """Test the label on states [n, D] against `settings.n_permutations` shuffles.
 
     chosen: values of C that the label's own probes took. Distances are measured at the value that was tested next to
     their median.
@@ -98,7 +98,7 @@ def run_test(
     largest = np.full(len(labels), -np.inf)
     at = int(np.argmin(np.abs(np.log(penalties) - np.log(np.median(chosen)))))
     parts: list[Mapping[str, Estimate]] = []
-    for start, decisions in _decide(x, labels, fold, solver, settings):
+    for start, decisions in _decide(states, labels, fold, settings):
         some = labels[start : start + decisions.shape[1]]
         for decided in decisions:
             auroc = _mean_auroc(decided, some, fold)
@@ -173,12 +173,12 @@ def detectable_at(tests: Sequence[PermutationTest], alpha: float) -> list[float]
 
 
 def _decide(
-    x: FloatArray, labels: IntArray, fold: FoldArray, solver: Solver, settings: ProbeSettings
+    states: States, labels: IntArray, fold: FoldArray, settings: ProbeSettings
 ) -> Iterator[tuple[int, FloatArray]]:
     """Yield the number of a first label and held-out decisions [penalties, some labels, n, outputs] from it on."""
     penalties, n_classes = settings.test_penalties, int(labels.max()) + 1
     n_outputs = 1 if n_classes == 2 else n_classes
-    size = len(penalties) * n_outputs * (len(fold) + x.shape[1])
+    size = len(penalties) * n_outputs * (len(fold) + states.shape[1])
     some = max(1, MOST_ELEMENTS // size)
     splits = [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(int(fold.max()) + 1)]
     for start in range(0, len(labels), some):
@@ -194,10 +194,9 @@ def _decide(
                 )
                 for y in batch
             ]
-            held_out = x[test]
-            for number, solutions in enumerate(solver.solve(x, jobs)):
-                for at, solution in enumerate(solutions):
-                    decisions[at, number, test] = solution.decide(held_out)
+            for number, (_, decided) in enumerate(states.fit(jobs, [test] * len(jobs))):
+                for at, logits in enumerate(decided):
+                    decisions[at, number, test] = logits
         yield start, decisions
 
 

@@ -3,21 +3,22 @@
 Peak memory is that of one process that scores one layer and position. It is an upper bound: arrays are counted
 where the code makes them, temporaries included, and a test holds a worker's resident memory between half of it
 and all of it. On a GPU the same arrays lie in its memory, and the process needs as much again for CUDA, which
-was not measured. This module knows nothing about labels' meaning or scores.
+was not measured. `stream_cost` counts those of states that are streamed. This module knows nothing about labels'
+meaning or scores.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from mmextract.engine.store import open_store
-from mmextract.probes import permutation
-from mmextract.probes.choice import choose
+from mmextract.probes.rounds import Round, find_solver, list_rounds, list_tests
+from mmextract.probes.stream_cost import count_passes, streamed_task_bytes
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -37,87 +38,12 @@ N_METRICS = 6
 """Scores of a task, each with a deviation a group (`metrics`)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Round:
-    """Fits that a solver is given at once."""
-
-    n_rows: int
-    """Samples of a training set."""
-    n_sets: int
-    """Training sets."""
-    n_labels: int
-    """Label vectors of each."""
-    n_penalties: int
-    """Values of C."""
-    n_outputs: int
-    """Logits of a sample."""
-
-    @property
-    def n_fits(self) -> int:
-        """Probes fitted."""
-        return self.n_sets * self.n_labels * self.n_penalties
-
-    @property
-    def n_columns(self) -> int:
-        """Logits of a training set's sample, over all its labels."""
-        return self.n_labels * self.n_outputs
-
-
-def list_rounds(plan: ProbePlan) -> list[Round]:
-    """Return what one layer and position takes: the choice of C if there is one, and the probes that are scored."""
-    settings, n = plan.settings, plan.design.n_samples
-    n_classes = len(plan.design.classes)
-    n_outputs = 1 if n_classes == 2 else n_classes
-    n_repeats, folds = len(plan.tasks[0].folds), int(plan.tasks[0].folds.max()) + 1
-    n_sets = len(plan.tasks) * n_repeats * folds  # tasks' folds are stratified by their own labels
-    n_rows = n - n // folds
-    rounds = [Round(n_rows=n_rows, n_sets=n_sets, n_labels=1, n_penalties=1, n_outputs=n_outputs)]
-    if len(settings.penalties) > 1 and settings.preset != "paper":
-        inner = settings.inner_folds
-        rounds.append(
-            Round(
-                n_rows=n_rows - n_rows // inner,
-                n_sets=n_sets * inner,
-                n_labels=1,
-                n_penalties=len(settings.penalties),
-                n_outputs=n_outputs,
-            )
-        )
-    return rounds
-
-
-def list_tests(plan: ProbePlan) -> list[Round]:
-    """Return what the permutation tests of one layer and position take: a round a training set and batch of labels."""
-    settings, design = plan.settings, plan.design
-    if settings.preset == "paper" or not settings.n_permutations or not permutation.can_shuffle(design):
-        return []
-    first = list_rounds(plan)[0]
-    penalties = len(settings.test_penalties)
-    size = penalties * first.n_outputs * (design.n_samples + plan.hidden_size)
-    most = max(1, permutation.MOST_ELEMENTS // size)
-    labels = 1 + settings.n_permutations
-    batches = [min(most, labels - start) for start in range(0, labels, most)]
-    n_sets = int(plan.tasks[0].folds.max()) + 1
-    return [
-        replace(first, n_sets=1, n_labels=batch, n_penalties=penalties)
-        for batch in batches
-        for _ in range(n_sets)
-    ]
-
-
-def find_solver(plan: ProbePlan, n_rows: int) -> str:
-    """Return the name of the solver of training sets of that size."""
-    if plan.settings.preset == "paper":
-        return "sklearn"
-    if plan.settings.solver != "auto":
-        return plan.settings.solver
-    return choose(n_rows, plan.hidden_size, "cpu")
-
-
 def predict_task_bytes(plan: ProbePlan) -> int:
     """Return what scoring one layer and position takes at its peak, above what the process has anyway."""
+    if plan.streamed_elements:
+        return int(SLACK * streamed_task_bytes(plan)) + SLACK_BYTES
     n, d = plan.design.n_samples, plan.hidden_size
-    held = DOUBLE * n * d
+    held = DOUBLE * n * d * (1 if plan.other is None else 2)
     reading = SINGLE * d * (plan.n_stored + n) + _chunk_bytes(plan)
     tests = list_tests(plan)
     rounds = max(_solving_bytes(plan, one) + _result_bytes(one, d) for one in (*list_rounds(plan), *tests))
@@ -189,6 +115,20 @@ def available_bytes() -> int:
     return int(min(psutil.virtual_memory().available, MEMORY_LIMIT))
 
 
+def fits(plan: ProbePlan, client: Client | None = None) -> bool:
+    """Whether one worker fits into what is free; of a cluster, whether every worker has memory for a probe.
+
+    For states that are streamed a worker of a cluster must have memory for a probe in each of its threads.
+    """
+    if client is None:
+        return predict_bytes(plan) <= available_bytes()
+    one = predict_bytes(plan)
+    return all(
+        limit <= 0 or (needed if plan.streamed_elements else one) <= limit
+        for _, _, limit, needed in _list_workers(plan, client)
+    )
+
+
 def choose_workers(plan: ProbePlan, workers: int, cores: int) -> int:
     """Return the number of worker processes: `workers`, or for 0 one a core, as far as memory suffices.
 
@@ -199,31 +139,56 @@ def choose_workers(plan: ProbePlan, workers: int, cores: int) -> int:
         raise ValueError(
             f"{max(1, workers)} workers of {_gib(predict_bytes(plan))} each do not fit into the "
             f"{_gib(available_bytes())} of memory that are free: "
-            + (f"give --workers {most}" if most else "probe fewer samples (--where), or on a larger machine")
+            + (f"give --workers {most}" if most else f"{_advise(plan)} or on a larger machine")
         )
     return min(workers or min(cores, most), len(plan.cells))
 
 
 def check_cluster(plan: ProbePlan, client: Client) -> None:
     """Raise ValueError if a worker of the cluster has less memory than its tasks need, at one task a thread."""
-    workers: Mapping[str, Mapping[str, Any]] = client.scheduler_info(n_workers=-1)["workers"]
-    for address, worker in workers.items():
-        n_threads, limit = int(worker["nthreads"]), int(worker["memory_limit"])
-        needed = BASE_BYTES + _plan_bytes(plan) + n_threads * predict_task_bytes(plan)
+    for address, n_threads, limit, needed in _list_workers(plan, client):
         if 0 < limit < needed:
             raise ValueError(
                 f"the worker {address} may use {_gib(limit)}, and {n_threads} probes at a time take "
-                f"{_gib(needed)}: start it with --nthreads 1, or a larger --memory-limit"
+                f"{_gib(needed)}: {_advise(plan)} or start it with --nthreads 1, or a larger --memory-limit"
             )
 
 
-def describe(plan: ProbePlan, workers: int, seconds: float) -> str:
-    """Return what would be done and what it would cost, for people. seconds: of one core."""
+def _list_workers(plan: ProbePlan, client: Client) -> list[tuple[str, int, int, int]]:
+    """Return the address of each worker of a cluster, its threads, the bytes it may use, and those it needs."""
+    workers: Mapping[str, Mapping[str, Any]] = client.scheduler_info(n_workers=-1)["workers"]
+    base, task = BASE_BYTES + _plan_bytes(plan), predict_task_bytes(plan)
+    return [
+        (address, int(w["nthreads"]), int(w["memory_limit"]), base + int(w["nthreads"]) * task)
+        for address, w in workers.items()
+    ]
+
+
+def _advise(plan: ProbePlan) -> str:
+    """Return what may be done about states that do not fit, short of the machine."""
+    if plan.streamed_elements:
+        return "probe fewer samples (--where),"
+    if not plan.settings.why_held:
+        return (
+            "let states be read from the store in each pass (--stream always), probe fewer samples (--where),"
+        )
+    return f"probe fewer samples (--where), choose what can be streamed ({plan.settings.why_held}),"
+
+
+def describe(plan: ProbePlan, workers: int, seconds: float, client: Client | None = None) -> str:
+    """Return what would be done and what it would cost, for people. seconds: of one core. client: of a cluster."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     rounds = list_rounds(plan)
     solvers = " and ".join(dict.fromkeys(find_solver(plan, one.n_rows) for one in rounds))
     n_fits, n_tests = (sum(one.n_fits for one in some) for some in (rounds, list_tests(plan)))
-    chosen = choose_workers(plan, workers, cores)
+    if client is None:
+        chosen = choose_workers(plan, workers, cores)
+        at_once = min(chosen, cores)
+        where = f"{chosen}: {_gib(chosen * predict_bytes(plan))} of {_gib(available_bytes())} that are free"
+    else:
+        check_cluster(plan, client)
+        at_once = sum(n_threads for _, n_threads, _, _ in _list_workers(plan, client))
+        where = f"{at_once} of the cluster"
     layers = ", ".join("embed" if layer < 0 else str(layer) for layer in plan.layers)
     d, n = plan.hidden_size, plan.design.n_samples
     lines = [
@@ -235,12 +200,25 @@ def describe(plan: ProbePlan, workers: int, seconds: float) -> str:
         f"fits       {(n_fits + n_tests) * len(plan.cells):,}: {n_fits:,} for the scores and {n_tests:,} for the "
         f"permutations, at each of {len(plan.cells):,} layers × positions",
         f"solver     {solvers}, training sets of {', '.join(f'{one.n_rows:,}' for one in rounds)} samples",
+        f"states     {describe_states(plan)}",
         f"memory     at most {_gib(predict_bytes(plan))} a worker, "
         f"{_gib(predict_task_bytes(plan))} of it for the probes",
-        f"workers    {chosen}: {_gib(chosen * predict_bytes(plan))} of {_gib(available_bytes())} that are free",
-        f"time       about {_duration(seconds / max(1, min(chosen, cores)))}",
+        f"workers    {where}",
+        f"time       about {_duration(seconds / max(1, at_once))}",
     ]
     return "\n".join(lines)
+
+
+def describe_states(plan: ProbePlan) -> str:
+    """Return where states are while probes are fitted, and what a worker takes, for people."""
+    size = _gib(predict_bytes(plan))
+    if not plan.streamed_elements:
+        return f"held in memory, {size} a worker"
+    whole = _gib(predict_bytes(replace(plan, streamed_elements=0)))
+    return (
+        f"read from the store in each of some {count_passes(plan):,} passes a layer and position, {size} a worker; "
+        f"held in memory they would take {whole}"
+    )
 
 
 def _gib(size: int) -> str:

@@ -16,9 +16,10 @@ This module knows nothing about folds or scores.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, groupby, islice
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from mmextract.probes.batches import (
     LIVE_LOGITS,
     OrthogonalFeatures,
     RowSet,
+    count_outputs,
     find_scale,
     solve_in_batches,
 )
@@ -46,6 +48,8 @@ class PrimalSolver:
 
     device: str = "cpu"
     """A torch device."""
+    most_elements: int | None = None
+    """What MOST_ELEMENTS is for this solver; None for that."""
 
     def solve(self, x: FloatArray, jobs: Sequence[Job]) -> Iterator[list[Solution]]:
         """Yield, for each job in turn, a solution for each of its penalties. x: [n, D]."""
@@ -58,26 +62,78 @@ class PrimalSolver:
             jobs,
             lambda batch: _Coordinates(states, batch),
             lambda row_set: 2 * d * d + LIVE_LOGITS * n * row_set.n_columns,
-            MOST_ELEMENTS[states.device.type],
+            self._most_elements(states),
             f"primal {states.device.type}",
         )
 
     def solve_stored(self, states: Blocks, jobs: Sequence[Job]) -> Iterator[list[Solution]]:
-        """Do what `solve` does in few passes over the states: the penalties of a job at once, each from zero."""
+        """Do what `solve` does in few passes over the states: the penalties of a job at once, each from zero.
+
+        Labels of one training set whose logits alone would take more than `most_elements` come one part after the
+        other.
+        """
         single = [replace(job, penalties=(penalty,)) for job in jobs for penalty in job.penalties]
-        found = self.solve_blocks(states, single)
+        most = self._most_elements(states) // (LIVE_LOGITS * states.shape[0])
+        found = chain.from_iterable(self.solve_blocks(states, part) for part in _cut(single, most))
         for job in jobs:
             yield [solution for solutions in islice(found, len(job.penalties)) for solution in solutions]
 
+    def _most_elements(self, states: Blocks) -> int:
+        return self.most_elements or MOST_ELEMENTS[states.device.type]
 
-def decide_stored(states: Blocks, solutions: Sequence[Solution]) -> FloatArray:
-    """Return decision values [s, n, outputs] of all samples by each of s solutions, in one pass."""
-    coefficients = torch.from_numpy(np.concatenate([s.coefficients for s in solutions], axis=1))  # [D, s·c]
-    intercept = np.concatenate([s.intercept for s in solutions])
-    decided = np.empty((states.shape[0], coefficients.shape[1]))
-    for rows, x in states:
-        decided[rows] = (x @ coefficients.to(x.device)).cpu().numpy() + intercept
-    return np.ascontiguousarray(decided.reshape(len(decided), len(solutions), -1).swapaxes(0, 1))
+
+def _cut(jobs: Sequence[Job], most: int) -> Iterator[list[Job]]:
+    """Yield the jobs in parts in which no training set has more than `most` logits a sample, or only one job."""
+    part: list[Job] = []
+    n_columns: Counter[int] = Counter()
+    for job in jobs:
+        key, width = hash(job.rows.tobytes()), count_outputs(job)
+        if n_columns[key] and n_columns[key] + width > most:
+            yield part
+            part, n_columns = [], Counter()
+        part.append(job)
+        n_columns[key] += width
+    if part:
+        yield part
+
+
+Asked = tuple[Sequence[Solution], IntArray]
+"""Solutions, and the samples [k] that are to be decided by each of them."""
+
+
+def decide_stored(states: Blocks, asked: Sequence[Asked]) -> list[list[FloatArray]]:
+    """Return, for all that is asked, each solution's decision values [k, outputs], in one pass."""
+    # questions about the same samples, as those of many label vectors are, share their products
+    runs = [list(some) for _, some in groupby(asked, key=lambda one: id(one[1]))]
+    decisions = [_Decisions([s for solutions, _ in run for s in solutions], run[0][1]) for run in runs]
+    for block, x in states:
+        for decided in decisions:
+            decided.fill(block, x)
+    found = chain.from_iterable(decided.split() for decided in decisions)
+    return [list(islice(found, len(solutions))) for solutions, _ in asked]
+
+
+class _Decisions:
+    """Decision values of some samples by some solutions, filled in block by block."""
+
+    def __init__(self, solutions: Sequence[Solution], rows: IntArray) -> None:
+        self.order = np.argsort(rows, kind="stable")
+        self.rows = rows[self.order]
+        self.coefficients = torch.from_numpy(np.concatenate([s.coefficients for s in solutions], axis=1))
+        self.intercept = np.concatenate([s.intercept for s in solutions])
+        self.n_solutions = len(solutions)
+        self.values = np.empty((len(rows), len(self.intercept)))  # [k, s·outputs]
+
+    def fill(self, block: slice, x: Tensor) -> None:
+        first, last = np.searchsorted(self.rows, (block.start, block.stop))
+        if first == last:
+            return
+        chosen = x[torch.from_numpy(self.rows[first:last] - block.start).to(x.device)]
+        product = chosen @ self.coefficients.to(x.device)
+        self.values[self.order[first:last]] = product.cpu().numpy() + self.intercept
+
+    def split(self) -> list[FloatArray]:
+        return np.split(self.values, self.n_solutions, axis=1)
 
 
 class _Coordinates(OrthogonalFeatures):
@@ -149,9 +205,10 @@ def _find_moments(states: Blocks, members: Tensor, scale: bool) -> tuple[Tensor,
     if kinds.shape[1] > 4 * len(members):
         kinds, kind = torch.eye(len(members), dtype=torch.bool), None
     sums = mean.new_zeros(kinds.shape[1], *mean.shape[1:], states.shape[1])  # [n_kinds, D, D]
+    wanted = torch.nonzero(kinds.any(0)).flatten().tolist()  # there may be samples in no training set
     variance = torch.zeros_like(mean)
     for rows, x in states:
-        for number in range(len(sums)):
+        for number in wanted:
             part = x[inside[number, rows] if kind is None else (kind[rows] == number).to(x.device)]
             sums[number] += part.T @ part
         for at in range(len(members)) if scale else ():

@@ -31,12 +31,13 @@ from mmextract.probes.comparison import (
     read_columns,
     require_cells,
 )
-from mmextract.probes.cost import choose_permutations, predict_seconds
+from mmextract.probes.cost import predict_seconds
 from mmextract.probes.design import Design, make_design
 from mmextract.probes.paper import LARGEST_CLASS, make_paper_task
 from mmextract.probes.planning import check_cluster, choose_workers
 from mmextract.probes.scoring import CellScores, score_cell
 from mmextract.probes.settings import UNGROUPED, ProbeSettings
+from mmextract.probes.streaming import choose_states
 from mmextract.probes.tasks import Task, make_tasks
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ class ProbePlan:
     """[n] value of the group column, or the sample's id."""
     other: OtherStore | None = None
     """What it is compared with."""
+    streamed_elements: int = 0
+    """Elements that the solver of streamed states takes at once (see `states.stream`); 0 where states are held."""
 
     @property
     def cells(self) -> list[Cell]:
@@ -92,11 +95,16 @@ class ProbePlan:
 
 
 def plan_probe(
-    place: str | Path, settings: ProbeSettings, *, compare_with: str | Path | None = None
+    place: str | Path,
+    settings: ProbeSettings,
+    *,
+    compare_with: str | Path | None = None,
+    client: Client | None = None,
 ) -> ProbePlan:
     """Decide what is probed in the store at `place`; reads its columns, not its hidden states.
 
-    compare_with: a store of the same samples from another checkpoint, for the difference of the two.
+    compare_with: a store of the same samples from another checkpoint, for the difference of the two. client: of the
+    cluster that will take the tasks, whose memory then decides whether states are held in memory or streamed.
 
     Raises ValueError or LookupError, saying what was expected and what to do, for a store, label, grouping,
     layer or position that cannot be probed, or compared.
@@ -149,7 +157,7 @@ def plan_probe(
         group_names=tuple(map(str, columns[design.group or "sample"][design.rows])),
         other=other,
     )
-    return choose_permutations(plan)
+    return choose_states(plan, client)
 
 
 def run_probe(

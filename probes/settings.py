@@ -9,6 +9,10 @@ from dataclasses import dataclass
 
 PRESETS = ("default", "paper")
 CLASS_WEIGHTS = ("none", "balanced")
+STREAMS = ("auto", "always", "never")
+STREAMING_SOLVERS = ("auto", "primal")
+"""Those that fit states that are read from the store in each pass."""
+
 FEWEST_PERMUTATIONS = 19
 """With fewer no p-value falls to 0.05."""
 
@@ -56,10 +60,15 @@ class ProbeSettings:
     """Coverage that the intervals aim at; a p-value is small at 1 − this."""
     allow_incomplete: bool = False
     """Probe the samples that are there, though the store lacks some."""
+    stream: str = "auto"
+    """Whether states are read from the store in each pass in place of being held in memory: `always`, `never`, or
+    `auto`, where not even one worker could hold them. Scores are the same to the solvers' tolerance."""
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
+        if self.stream not in STREAMS:
+            raise ValueError(f"stream must be one of {', '.join(STREAMS)}, got {self.stream!r}")
         if self.class_weight not in CLASS_WEIGHTS:
             raise ValueError(
                 f"class weight must be one of {', '.join(CLASS_WEIGHTS)}, got {self.class_weight!r}"
@@ -84,6 +93,16 @@ class ProbeSettings:
                 f"permutations must be 0, for none, or at least {FEWEST_PERMUTATIONS}: with {self.permutations} no "
                 f"p-value falls below {1 / (1 + self.permutations):.2g}"
             )
+
+    @property
+    def why_held(self) -> str:
+        """Why states cannot be streamed; empty if they can."""
+        if self.preset == "paper":
+            return "the published protocol holds states in memory; the preset default does not have to"
+        if self.solver not in STREAMING_SOLVERS:
+            able = " and ".join(STREAMING_SOLVERS)
+            return f"the solver {self.solver} holds states in memory; {able} do not have to"
+        return ""
 
     @property
     def alpha(self) -> float:

@@ -12,6 +12,7 @@ from mmextract.probes.evaluation import TaskScores, evaluate, evaluate_baselines
 from mmextract.probes.metrics import FloatArray
 from mmextract.probes.settings import ProbeSettings
 from mmextract.probes.solvers import Job, Solution
+from mmextract.probes.states import ArrayStates
 from mmextract.probes.tasks import make_tasks
 from tests.probes.stores import paired_columns, paired_states
 
@@ -32,8 +33,9 @@ def paired(
 
 def score(x: FloatArray, design: Design, settings: ProbeSettings = QUICK) -> dict[str, TaskScores]:
     tasks = make_tasks(design, settings)
-    results = evaluate(x, design.groups, tasks, AutoSolver("cpu"), settings)
-    results += evaluate_baselines(x, design.groups, tasks[0], settings.seed)
+    states = ArrayStates(x, AutoSolver("cpu"))
+    results = evaluate(states, design.groups, tasks, settings)
+    results += evaluate_baselines(states, design.groups, tasks[0], settings.seed)
     return {result.task: result for result in results}
 
 
@@ -70,9 +72,8 @@ def test_every_sample_is_scored_once_a_repeat_by_a_probe_that_has_not_seen_it() 
     # the probe of fold 0 in repeat 0 never saw these samples: what it says of the old ones is what it said before
     slope = (again.decisions - label.decisions)[0, moved]
     assert (slope != 0).all()
-    train_only = evaluate(
-        np.where(moved[:, None], x, changed), design.groups, tasks, AutoSolver("cpu"), QUICK
-    )[0]
+    part = ArrayStates(np.where(moved[:, None], x, changed), AutoSolver("cpu"))
+    train_only = evaluate(part, design.groups, tasks, QUICK)[0]
     assert train_only.decisions is not None
     np.testing.assert_array_equal(train_only.decisions[0, moved], label.decisions[0, moved])
 
@@ -122,7 +123,7 @@ class Unfinished:
 
 def test_probes_that_did_not_converge_are_counted() -> None:
     x, design = paired()
-    label = evaluate(x, design.groups, make_tasks(design, QUICK), Unfinished(), QUICK)[0]
+    label = evaluate(ArrayStates(x, Unfinished()), design.groups, make_tasks(design, QUICK), QUICK)[0]
     assert label.n_unconverged == label.n_fits == 10 * (3 * 2 + 1)
     assert label.worst_residual == 0.5
     assert score(x, design)["label"].n_unconverged == 0

@@ -21,6 +21,7 @@ from mmextract.probes.permutation import (
     run_test,
 )
 from mmextract.probes.settings import ProbeSettings
+from mmextract.probes.states import ArrayStates
 from mmextract.probes.tasks import make_task
 
 N_GROUPS, PER_GROUP = 20, 4
@@ -48,9 +49,9 @@ def run_both(
     x: FloatArray, design: Design, settings: ProbeSettings = SETTINGS
 ) -> tuple[TaskScores, PermutationTest, Shuffled]:
     label = make_task("label", design.y, design.groups, settings)
-    solver = AutoSolver("cpu")
-    (scores,) = evaluate(x, design.groups, [label], solver, settings)
-    return scores, *run_test(x, design, label, solver, settings, scores.penalties)
+    states = ArrayStates(x, AutoSolver("cpu"))
+    (scores,) = evaluate(states, design.groups, [label], settings)
+    return scores, *run_test(states, design, label, settings, scores.penalties)
 
 
 def run(x: FloatArray, design: Design, settings: ProbeSettings = SETTINGS) -> PermutationTest:

@@ -16,7 +16,8 @@ from distributed import Client, LocalCluster
 
 from mmextract.cli.probe import probe
 from mmextract.probes import permutation, planning
-from mmextract.probes.planning import check_cluster, choose_workers, list_rounds, list_tests, predict_bytes
+from mmextract.probes.planning import check_cluster, choose_workers, predict_bytes
+from mmextract.probes.rounds import list_rounds, list_tests
 from mmextract.probes.run import plan_probe, run_probe
 from mmextract.probes.settings import ProbeSettings
 from tests.probes.stores import make_store, paired_columns

@@ -1,0 +1,51 @@
+"""Where states are while probes are fitted: held in memory or streamed from the store, decided once and said.
+
+This module knows nothing about solvers or scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mmextract.probes.cost import choose_permutations
+from mmextract.probes.planning import describe_states, fits
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from mmextract.probes.run import ProbePlan
+
+MOST_ELEMENTS, LEAST_ELEMENTS = 1 << 28, 1 << 22
+"""Elements that the solver takes at once where memory suffices, 2 GiB, and where it does not: the more it takes, the
+fewer are the passes over the store."""
+
+
+def choose_states(plan: ProbePlan, client: Client | None = None) -> ProbePlan:
+    """Return the plan with its number of permutations, and with states streamed if they have to be, or are asked to.
+
+    Where they are streamed a note says so. client: of the cluster that will take the tasks. Raises ValueError if states
+    are to be streamed that cannot be.
+    """
+    held = choose_permutations(plan)
+    settings = plan.settings
+    if settings.stream == "always" and settings.why_held:
+        raise ValueError(f"--stream always: {settings.why_held}. Choose that, or --stream auto")
+    if settings.stream == "never" or settings.why_held:
+        return held  # and where that does not fit, `choose_workers` says so
+    if settings.stream == "auto" and fits(held, client):
+        return held
+    streamed = _find_size(plan, client)
+    why = "as asked for" if settings.stream == "always" else "because they do not fit into memory"
+    notes = (*streamed.design.notes, f"states are {describe_states(streamed)}: {why} (--stream)")
+    return replace(streamed, design=replace(streamed.design, notes=notes))
+
+
+def _find_size(plan: ProbePlan, client: Client | None) -> ProbePlan:
+    """Return the plan with states streamed in as few passes as fit into memory."""
+    elements = MOST_ELEMENTS
+    while True:
+        streamed = choose_permutations(replace(plan, streamed_elements=elements))
+        if elements <= LEAST_ELEMENTS or fits(streamed, client):
+            return streamed
+        elements //= 2
