@@ -13,7 +13,9 @@ The largest distance among several estimates gives intervals that hold for all o
 
 This is exact for noise. For a signal it supposes that training and test share of the variance as they do in noise;
 `benchmarks/bench_calibration.py` measures what comes of it. Repeating the cross-validation makes the estimate
-depend less on the luck of the splits, and adds no data: repeats share each group's deviation.
+depend less on the luck of the splits, and adds no data: repeats share each group's deviation, and what their training
+sets have in common does not average out (`metrics.combine_repeats`; without that, with two repeats of 30 pairs of 4
+samples of noise, 95 % intervals of accuracy covered 91 % of 300 draws).
 
 Where nothing can be shuffled (`mixed` designs, no permutations), standard errors are multiplied by the normal
 quantile and √(1 + K/(K−1)) for K folds, the correction of Nadeau & Bengio (2003, Machine Learning 52:239), and

@@ -144,6 +144,24 @@ def combine(parts: Sequence[Part], n_groups: int) -> Estimate:
     return Estimate(values=mean, deviations=deviations)
 
 
+def combine_repeats(repeats: Sequence[Sequence[Part]], n_groups: int) -> Estimate:
+    """Return the mean over the tests of all repeats, and deviations whose squares sum to what its variance is like.
+
+    Averaged over repeats, deviations lose what was the luck of a split. But they only tell of the groups as they test:
+    as much variance again comes from the groups as they train (see `intervals`), which is the same in all repeats and
+    does not average out. So the variance is taken half from the averaged deviations, half from a single repeat's own.
+    """
+    together = combine([part for parts in repeats for part in parts], n_groups)
+    if len(repeats) == 1:
+        return together
+    alone = np.mean([combine(parts, n_groups).errors ** 2 for parts in repeats], axis=0)
+    averaged = together.errors**2
+    ratio = np.divide(alone, averaged, out=np.ones_like(averaged), where=averaged > 0)
+    return Estimate(
+        values=together.values, deviations=together.deviations * np.sqrt((1 + ratio) / 2)[:, None]
+    )
+
+
 def score(
     decisions: FloatArray, y: IntArray, folds: NDArray[np.int16], groups: IntArray
 ) -> Mapping[str, Estimate]:
@@ -153,22 +171,19 @@ def score(
     folds: [repeats, n] fold in which a sample was tested. groups: [n].
     """
     n_groups = int(groups.max()) + 1
-    by_fold: dict[str, list[Part]] = {name: [] for name in FOLD_METRICS}
-    by_repeat = []
+    found: dict[str, list[list[Part]]] = {name: [] for name in METRICS}
     for repeat, fold in enumerate(folds):
+        for parts in found.values():
+            parts.append([])
         for k in range(int(fold.max()) + 1):
             rows = order_by_group(np.flatnonzero(fold == k), groups)
             test = Predictions(decisions=decisions[:, repeat, rows], y=y[:, rows], groups=groups[rows])
             for name, part in score_test(test).items():
-                by_fold[name].append(part)
+                found[name][repeat].append(part)
         rows = order_by_group(np.flatnonzero(fold >= 0), groups)
-        by_repeat.append(
-            score_calibration(
-                Predictions(decisions=decisions[:, repeat, rows], y=y[:, rows], groups=groups[rows])
-            )
-        )
-    parts = by_fold | {"ece": by_repeat}
-    return {name: combine(parts[name], n_groups) for name in METRICS}
+        whole = Predictions(decisions=decisions[:, repeat, rows], y=y[:, rows], groups=groups[rows])
+        found["ece"][repeat].append(score_calibration(whole))
+    return {name: combine_repeats(parts, n_groups) for name, parts in found.items()}
 
 
 def rank(decisions: FloatArray, y: IntArray) -> FloatArray:
