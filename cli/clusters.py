@@ -100,7 +100,9 @@ def _start(n_workers: int, model: ModelSpec) -> Cluster:
         "host": "127.0.0.1",
         "dashboard_address": "127.0.0.1:0",
     }
-    settings |= {"memory_limit": None, "silence_logs": "ERROR"}
+    # what goes wrong in a task comes back to the client, which says it; and a task that is overtaken by the end of an
+    # interrupted run is no error
+    settings |= {"memory_limit": None, "silence_logs": "CRITICAL"}
     if model.device == "cpu" or not torch.cuda.is_available():
         from distributed import LocalCluster
 
