@@ -5,7 +5,8 @@ store takes as many workers as there are cores, and time on the clock. Figures a
 printed beside them; a residual is the largest entry of the gradient over C·m in the scaled features, an excess how
 far the objective stands above the lowest one found. The limit is the arithmetic that is left: a Gram matrix for each
 training set and a factor for each fit, at the speed of a matrix product measured here. States are synthetic, with a
-spectrum that falls as a power law, and with --real those of SmolLM2, whose exponent is printed too.
+spectrum that falls as a power law, and with --real those of SmolLM2, whose exponent is printed too. Of calibration
+a first look is taken, at groups of noise; `bench_calibration.py` measures it in full.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench_calibration import SHAPES, measure
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.preprocessing import StandardScaler
 from states import sentence_states
@@ -37,6 +39,7 @@ from probe_store import measure_memory, probe_layers, solve_stored, write_store
 from probe_work import FLAT, FOLDS, PENALTIES, STEEP, loop, make_jobs, make_states, objective, solve
 
 PAPER_LAYERS = 33
+CALIBRATED = "60 pairs of 10"
 CONTROLS = 4
 """Shuffled labels, each fitted 5 × 5 times: 100 control fits."""
 
@@ -191,6 +194,14 @@ def run_store_parts(arguments: argparse.Namespace, flops: float) -> dict[str, An
         }
 
 
+def calibrate(n_draws: int) -> dict[str, float]:
+    """Return how many intervals hold the truth, and how even p-values are, in groups of noise."""
+    settings = ProbeSettings(permutations=99)
+    shapes = {CALIBRATED: SHAPES[CALIBRATED]}
+    (found,) = measure(shapes, (0.0,), n_draws, settings=settings, workers=os.cpu_count() or 1).values()
+    return found
+
+
 def show_speed(name: str, found: dict[str, Any]) -> None:
     """Print what `compare` found."""
     n, d = found["shape"]
@@ -235,6 +246,7 @@ def main() -> None:
         metavar=("SAMPLES", "LAYERS", "FEATURES"),
         help="of the store that is read block by block",
     )
+    parser.add_argument("--draws", type=int, default=100, help="data sets of noise, for the calibration")
     parser.add_argument("--real", action="store_true", help="measure SmolLM2's states too")
     parser.add_argument("--folder", type=Path, help="where stores are written; a temporary folder by default")
     parser.add_argument("--repeats", type=int, default=1)
@@ -255,6 +267,7 @@ def main() -> None:
         if arguments.real:
             speed |= compare_real(arguments.samples, arguments.features, *sizes, flops)
         stored = run_store_parts(arguments, flops)
+    calibration = calibrate(arguments.draws)
     for name, found in speed.items():
         show_speed(name, found)
     show("coefficients against newton-cholesky", ("", "largest relative distance"), list(agreement.items()))
@@ -280,6 +293,7 @@ def main() -> None:
         ("a layer that is read block by block, on one core", "stored"),
     ):
         show(title, ("", ""), list(stored[name].items()))
+    show(f"calibration, {CALIBRATED} of noise", ("", ""), list(calibration.items()))
     print(f"limits are those of {flops / 1e9:.0f} GFLOP/s in double precision, on one core")
     if find_device() == "cpu":
         print("cuML: not measured, there is no GPU")
@@ -289,6 +303,7 @@ def main() -> None:
         "layer": layer,
         "crossings": crossings,
         "labels": turns,
+        "calibration": calibration,
     }
     save(arguments.json, results | stored | {"flops": flops, "cuml": None})
 

@@ -88,6 +88,7 @@ def test_a_plane_is_fitted_to_what_lies_on_one_and_its_residual_says_what_does_n
 def test_bench_probe_compares_solvers_at_equal_residuals(tmp_path: Path) -> None:
     sizes = ["--samples", "60", "--features", "80", "--sets", "1", "--layer-features", "70", "--cross", "8"]
     sizes += ["--labels", "2", "--layers", "2", "--stored", "200", "1", "6", "--folder", str(tmp_path)]
+    sizes += ["--draws", "3"]
     command = [sys.executable, str(BENCHMARKS / "bench_probe.py"), *sizes]
     done = subprocess.run(
         [*command, "--json", str(tmp_path / "out.json")], capture_output=True, text=True, check=False
@@ -102,6 +103,7 @@ def test_bench_probe_compares_solvers_at_equal_residuals(tmp_path: Path) -> None
     assert set(results["crossings"]["8"]) == {"0.5", "1", "2", "4"}
     assert results["layers"]["layers"] == 2 and results["layers"]["fits a layer"] == 2 * 5 * (3 * 5 + 1)
     assert 0.5 < results["memory"]["peak ÷ predicted"] <= 1
+    assert results["calibration"]["draws"] == 3 and 0 <= results["calibration"]["coverage of auroc"] <= 1
     assert results["stored"]["largest residual"] <= 1e-8 and results["stored"]["passes"] > 2
 
 
