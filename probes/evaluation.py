@@ -37,7 +37,7 @@ class TaskScores:
     y: IntArray
     """[n] class of each sample, as this task has it."""
     deviations: Mapping[str, FloatArray] = field(default_factory=dict)
-    """Metric → [n_groups] how far each group moves the value (see `metrics.Estimate`); of no metric where the protocol
+    """Metric → [k] how far each group moves the value (see `metrics.Estimate`); of no metric where the protocol
     has no intervals."""
     decisions: FloatArray | None = None
     """[repeats, n, 1 or n_classes] logits of each sample from a probe that has not seen it; NaN where there

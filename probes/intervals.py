@@ -88,7 +88,7 @@ def reach_by_permutations(distances: FloatArray, confidence: float) -> Reach:
 
 
 def reach_by_correction(deviations: FloatArray, folds: int, confidence: float, seed: int) -> Reach:
-    """Return the reach where there are no permutations, for deviations [E, n_groups]."""
+    """Return the reach where there are no permutations, for deviations [E, k]."""
     factor = stretch_factor(folds)
     one = float(norm.ppf((1 + confidence) / 2))
     errors = np.sqrt((deviations**2).sum(1, keepdims=True))

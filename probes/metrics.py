@@ -65,11 +65,11 @@ class Estimate:
     values: FloatArray
     """[L]."""
     deviations: FloatArray
-    """[L, n_groups] how far each group moves the value; their squares sum to its variance (see `combine`)."""
+    """[L, k] how far each group moves the value, k = n_groups for a single split (see `combine`, `combine_repeats`)."""
 
     @property
     def errors(self) -> FloatArray:
-        """[L] jackknife standard errors, with the probes taken as given."""
+        """[L] jackknife standard errors: of the groups as they test, see `intervals` for what they lack."""
         return np.asarray(np.sqrt((self.deviations**2).sum(1)))
 
 
@@ -145,21 +145,20 @@ def combine(parts: Sequence[Part], n_groups: int) -> Estimate:
 
 
 def combine_repeats(repeats: Sequence[Sequence[Part]], n_groups: int) -> Estimate:
-    """Return the mean over the tests of all repeats, and deviations whose squares sum to what its variance is like.
+    """Return the mean over the tests of all repeats, and how far groups move it, [L, (1 + repeats) · n_groups].
 
     Averaged over repeats, deviations lose what was the luck of a split. But they only tell of the groups as they test:
-    as much variance again comes from the groups as they train (see `intervals`), which is the same in all repeats and
-    does not average out. So the variance is taken half from the averaged deviations, half from a single repeat's own.
+    about as much variance again comes from the groups as they train (see `intervals`), which the repeats share and
+    which does not average out. So the variance is taken half from the averaged deviations and half from the repeats'
+    own: the deviations hold the first, then each repeat's, so weighted that squares sum to that. Those of two scores on
+    the same splits can be subtracted.
     """
     together = combine([part for parts in repeats for part in parts], n_groups)
     if len(repeats) == 1:
         return together
-    alone = np.mean([combine(parts, n_groups).errors ** 2 for parts in repeats], axis=0)
-    averaged = together.errors**2
-    ratio = np.divide(alone, averaged, out=np.ones_like(averaged), where=averaged > 0)
-    return Estimate(
-        values=together.values, deviations=together.deviations * np.sqrt((1 + ratio) / 2)[:, None]
-    )
+    alone = [combine(parts, n_groups).deviations / np.sqrt(len(repeats)) for parts in repeats]
+    deviations = np.concatenate([together.deviations, *alone], axis=1) / np.sqrt(2)
+    return Estimate(values=together.values, deviations=deviations)
 
 
 def score(

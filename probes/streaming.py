@@ -30,7 +30,9 @@ def choose_states(plan: ProbePlan, client: Client | None = None) -> ProbePlan:
     held = choose_permutations(plan)
     settings = plan.settings
     if settings.stream == "always" and settings.why_held:
-        raise ValueError(f"--stream always: {settings.why_held}: choose what can be streamed, or --stream auto")
+        raise ValueError(
+            f"--stream always: {settings.why_held}: choose what can be streamed, or --stream auto"
+        )
     if settings.stream == "never" or settings.why_held:
         return held  # and where that does not fit, `choose_workers` says so
     if settings.stream == "auto" and fits(held, client):

@@ -160,6 +160,27 @@ def test_repeats_make_no_new_data() -> None:
         assert twice[metric].errors[0] == pytest.approx(once[metric].errors[0]), metric
 
 
+def test_the_variance_over_repeats_is_half_that_of_their_mean_and_half_their_own() -> None:
+    """Of a difference, too: what two probes of the same splits have in common is not in it."""
+    rng = np.random.default_rng(0)
+    y, groups = rng.integers(0, 2, (1, 60)), np.arange(60) // 2
+    folds = np.stack([rng.permutation(np.arange(60) // 2 % 5)[groups] for _ in range(3)]).astype(np.int16)
+    decisions = rng.normal(size=(2, 1, 3, 60, 1))
+    decisions[1] = decisions[0] + 0.1 * rng.normal(size=decisions[1].shape)
+    a, b = (score(values, y, folds, groups) for values in decisions)
+    single = [
+        [score(values[:, r : r + 1], y, folds[r : r + 1], groups) for r in range(3)] for values in decisions
+    ]
+    for metric in METRICS:
+        moved = [
+            one[metric].deviations - other[metric].deviations for one, other in zip(*single, strict=True)
+        ]
+        of_the_mean, own = (np.mean(moved, axis=0) ** 2).sum(), np.mean([(m**2).sum() for m in moved])
+        difference = ((a[metric].deviations - b[metric].deviations) ** 2).sum()
+        assert difference == pytest.approx((of_the_mean + own) / 2), metric
+        assert own > of_the_mean > 0
+
+
 def test_samples_of_a_group_do_not_count_as_independent() -> None:
     """Eight copies of each sample, grouped, have the error of one; taken as independent, a third of it."""
     rng = np.random.default_rng(0)
