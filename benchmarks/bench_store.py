@@ -80,7 +80,9 @@ def write_ratios(timings: dict[str, Timing]) -> dict[str, float]:
             needed = sum(
                 timings[name].median_processor for name in ("copy", f"codec {codec}", f"raw {codec}")
             )
-            ratios[f"at most, {codec}, by processor time"] = limit / (needed / (os.cpu_count() or 1))
+            ratios[f"at most, {codec}, by processor time"] = limit / max(
+                limit, needed / (os.cpu_count() or 1)
+            )
     for name, timing in timings.items():
         if name.startswith(("zarr-python", "tensorstore")):
             codec = name.split()[1]

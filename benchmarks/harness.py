@@ -64,7 +64,7 @@ def alternate(
     In turn, so that a machine that slows down slows all of them; each round in another order, so that none always
     comes after one that leaves a disk busy or a processor hot. `before` is called with its name, and not timed.
     """
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
     order = random.Random(0)
     for number in range(-1 if warm_up else 0, repeats):
         for name in order.sample(list(work), len(work)):
@@ -72,9 +72,9 @@ def alternate(
             started, worked = clock(), time.process_time()
             work[name]()
             if number >= 0:
-                seconds[name].append((clock() - started, time.process_time() - worked))
-    measured = {name: tuple(zip(*values, strict=True)) for name, values in seconds.items()}
-    return {name: Timing(seconds=took, processor_seconds=worked) for name, (took, worked) in measured.items()}
+                measured[name].append((clock() - started, time.process_time() - worked))
+    columns = {name: tuple(zip(*values, strict=True)) for name, values in measured.items()}
+    return {name: Timing(seconds=took, processor_seconds=worked) for name, (took, worked) in columns.items()}
 
 
 def machine() -> dict[str, Any]:

@@ -82,8 +82,9 @@ _MOST_COLUMNS = 8
     type=click.Choice(("auto", "always", "never")),
     default="auto",
     show_default=True,
-    help="Read states from the store in each pass in place of holding a layer in memory: slower, and scores are the "
-    "same; auto: where not even one worker could hold it; with the solvers auto and primal.",
+    help="Read states from the store in each pass in place of holding a layer in memory: slower, with the same values, "
+    "and fewer permutations unless their number is given; auto: where not even one worker could hold it; with the "
+    "solvers auto and primal.",
 )
 @click.option(
     "--permutations",

@@ -222,7 +222,7 @@ def _project_at_random(states: States, task: Task, seed: int) -> Iterator[FloatA
     """Yield, for each outer split, the states [n, N_DIRECTIONS] along random directions, scaled as in training."""
     directions = np.random.default_rng([seed, 4]).normal(size=(states.shape[1], N_DIRECTIONS))
     scales = states.deviations(np.flatnonzero(task.folds[r] != k) for r, k in _outer_splits(task))
-    return states.project(directions / np.where(scale > 0, scale, 1.0)[:, None] for scale in scales)
+    return states.project(directions / scale[:, None] for scale in scales)
 
 
 def _decide_at_random(states: States, task: Task, seed: int) -> FloatArray:

@@ -100,7 +100,8 @@ def _settings(experiment: Experiment, label: str, seed: int, **others: Any) -> P
 
 
 def _decisive(settings: ProbeSettings) -> dict[str, Any]:
-    """Return the settings that results depend on: where states are while probes are fitted is none of them."""
+    """Return the settings that results depend on: with permutations given, as here, it is none where states are."""
+    assert settings.permutations is not None
     return {name: value for name, value in asdict(settings).items() if name != "stream"}
 
 

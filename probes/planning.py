@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -214,10 +213,9 @@ def describe_states(plan: ProbePlan) -> str:
     size = _gib(predict_bytes(plan))
     if not plan.streamed_elements:
         return f"held in memory, {size} a worker"
-    whole = _gib(predict_bytes(replace(plan, streamed_elements=0)))
     return (
         f"read from the store in each of some {count_passes(plan):,} passes a layer and position, {size} a worker; "
-        f"held in memory they would take {whole}"
+        f"held in memory they would take {_gib(plan.held_bytes)}"
     )
 
 

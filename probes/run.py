@@ -87,6 +87,8 @@ class ProbePlan:
     """What it is compared with."""
     streamed_elements: int = 0
     """Elements that the solver of streamed states takes at once (see `states.stream`); 0 where states are held."""
+    held_bytes: int = 0
+    """What a worker would take that held them, where they are streamed."""
 
     @property
     def cells(self) -> list[Cell]:

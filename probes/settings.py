@@ -62,7 +62,8 @@ class ProbeSettings:
     """Probe the samples that are there, though the store lacks some."""
     stream: str = "auto"
     """Whether states are read from the store in each pass in place of being held in memory: `always`, `never`, or
-    `auto`, where not even one worker could hold them. Scores are the same to the solvers' tolerance."""
+    `auto`, where not even one worker could hold them. Scores are the same to the solvers' tolerance; where the number
+    of permutations is left open there are fewer of them, since each costs more."""
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:

@@ -39,7 +39,7 @@ class States(Protocol):
         """Yield, for each job in turn, its solutions and their decisions on its test samples [k]; one test a job."""
 
     def deviations(self, parts: Iterable[IntArray]) -> Iterator[FloatArray]:
-        """Yield, for each part [m] of the samples, the standard deviation [D] of its features."""
+        """Yield, for each part [m] of the samples, the standard deviation [D] of its features, 1 of a constant one."""
 
     def project(self, directions: Iterable[FloatArray]) -> Iterator[FloatArray]:
         """Yield the states times each of several directions [D, q], all of one q: [n, q]."""
@@ -65,7 +65,9 @@ class ArrayStates:
             yield solutions, [solution.decide(held_out) for solution in solutions]
 
     def deviations(self, parts: Iterable[IntArray]) -> Iterator[FloatArray]:
-        return (self.x[part].std(0) for part in parts)
+        for part in parts:
+            x = torch.from_numpy(self.x[part])
+            yield find_scale(x.mean(0), x.var(0, correction=0), len(part)).numpy()
 
     def project(self, directions: Iterable[FloatArray]) -> Iterator[FloatArray]:
         return (self.x @ chosen for chosen in directions)
@@ -122,7 +124,7 @@ class StreamedStates:
         mean = first / n_rows
         variance = (second / n_rows - mean.square()).clamp(min=0)
         scale = find_scale(center + mean, variance, n_rows)
-        return iter(torch.where(variance > 0, scale, 0.0).cpu().numpy())
+        return iter(scale.cpu().numpy())
 
     def project(self, directions: Iterable[FloatArray]) -> Iterator[FloatArray]:
         """Yield what the protocol says, as many at a time as MOST_DECIDED allows."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mmextract.probes.cost import choose_permutations
-from mmextract.probes.planning import describe_states, fits
+from mmextract.probes.planning import describe_states, fits, predict_bytes
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -37,7 +37,7 @@ def choose_states(plan: ProbePlan, client: Client | None = None) -> ProbePlan:
         return held  # and where that does not fit, `choose_workers` says so
     if settings.stream == "auto" and fits(held, client):
         return held
-    streamed = _find_size(plan, client)
+    streamed = replace(_find_size(plan, client), held_bytes=predict_bytes(held))
     why = "as asked for" if settings.stream == "always" else "because they do not fit into memory"
     notes = (*streamed.design.notes, f"states are {describe_states(streamed)}: {why} (--stream)")
     return replace(streamed, design=replace(streamed.design, notes=notes))
