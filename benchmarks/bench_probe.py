@@ -39,7 +39,7 @@ from probe_store import measure_memory, probe_layers, solve_stored, write_store
 from probe_work import FLAT, FOLDS, PENALTIES, STEEP, loop, make_jobs, make_states, objective, solve
 
 PAPER_LAYERS = 33
-CALIBRATED = "60 pairs of 10"
+CALIBRATED = "40 groups of 3"
 CONTROLS = 4
 """Shuffled labels, each fitted 5 × 5 times: 100 control fits."""
 
