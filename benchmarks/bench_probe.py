@@ -194,12 +194,12 @@ def run_store_parts(arguments: argparse.Namespace, flops: float) -> dict[str, An
         }
 
 
-def calibrate(n_draws: int) -> dict[str, float]:
+def calibrate(n_draws: int) -> dict[str, Any]:
     """Return how many intervals hold the truth, and how even p-values are, in groups of noise."""
     settings = ProbeSettings(permutations=99)
     shapes = {CALIBRATED: SHAPES[CALIBRATED]}
     (found,) = measure(shapes, (0.0,), n_draws, settings=settings, workers=os.cpu_count() or 1).values()
-    return found
+    return {"shape": CALIBRATED, **found}
 
 
 def show_speed(name: str, found: dict[str, Any]) -> None:
@@ -293,7 +293,7 @@ def main() -> None:
         ("a layer that is read block by block, on one core", "stored"),
     ):
         show(title, ("", ""), list(stored[name].items()))
-    show(f"calibration, {CALIBRATED} of noise", ("", ""), list(calibration.items()))
+    show("calibration, in noise", ("", ""), list(calibration.items()))
     print(f"limits are those of {flops / 1e9:.0f} GFLOP/s in double precision, on one core")
     if find_device() == "cpu":
         print("cuML: not measured, there is no GPU")
