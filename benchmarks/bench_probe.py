@@ -39,9 +39,11 @@ from probe_store import measure_memory, probe_layers, solve_stored, write_store
 from probe_work import FLAT, FOLDS, PENALTIES, STEEP, loop, make_jobs, make_states, objective, solve
 
 PAPER_LAYERS = 33
-CALIBRATED = "40 groups of 3"
 CONTROLS = 4
 """Shuffled labels, each fitted 5 × 5 times: 100 control fits."""
+
+CALIBRATED = "40 groups of 3"
+"""The shape, of `bench_calibration.SHAPES`, that takes least time."""
 
 
 def measure_flops() -> float:

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+RUNS = ("rates", "batches", "repetitions")
+"""Of `results/memorisation`, in the order of its tables."""
 
 
 @pytest.mark.timeout(300)
@@ -179,3 +181,25 @@ def test_bench_preprocess_finds_no_value_that_differs_from_the_processors(tmp_pa
     for found in results["families"].values():
         assert found["values_compared"] > 100_000 and found["values_differing"] == 0
         assert found["ours_over_processor"] > 0 and found["images_per_second"] > 0
+
+
+def test_the_tables_of_memorisation_are_those_of_the_results_beside_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    memorisation = importlib.import_module("memorisation")
+    results = BENCHMARKS / "results" / "memorisation"
+    tables = (results / "tables.md").read_text("utf-8")
+    runs = {name: memorisation.read_rows(results / name / "experiment.csv") for name in RUNS}
+    for rows in runs.values():
+        for describe in (memorisation.memory, memorisation.learnt, memorisation.published):
+            assert describe(rows) in tables
+    assert memorisation.resolution([row for rows in runs.values() for row in rows]) in tables
+
+
+def test_what_seeds_would_find_is_what_their_interval_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five seeds: Student's t with 4 degrees of freedom, 2.776 for the interval and 0.941 more for a power of 0.8."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    memorisation = importlib.import_module("memorisation")
+    row = {"n_seeds": "5", "low": "-0.01", "high": "0.03"}
+    assert memorisation.found_by_seeds(row) == pytest.approx(0.02 * (2.776 + 0.941) / 2.776, rel=1e-3)
