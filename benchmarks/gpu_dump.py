@@ -32,8 +32,8 @@ from PIL import Image
 from gpu_capture import GOALS, POSITIONS, batch_sizes, question
 from gpu_images import Kind, Size
 from gpu_setup import Bench, Figure
+from mmextract.engine.direct import Buffer
 from mmextract.engine.dump import DumpPlan, DumpSpec, DumpSummary, plan_dump, run_dump
-from mmextract.engine.files import Buffer
 from mmextract.engine.identities import Identity
 from mmextract.engine.models import Adapter
 from mmextract.engine.objects import LocalObjects

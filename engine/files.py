@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-Buffer = bytes | bytearray | memoryview
+from mmextract.engine.direct import Buffer, write
 
 
 @contextmanager
@@ -59,10 +59,8 @@ def replace_files(files: Mapping[Path, Sequence[Buffer]], base: Path) -> None:
 
 
 def _write(file: Path, parts: Sequence[Buffer]) -> None:
-    with file.open("wb") as opened:
-        for part in parts:
-            opened.write(part)
-        opened.flush()
+    with file.open("wb", buffering=0) as opened:
+        write(opened, parts)
         os.fsync(opened.fileno())
 
 

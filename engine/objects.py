@@ -19,8 +19,8 @@ from typing import Protocol
 from zarr.abc.store import Store as ZarrStore
 from zarr.storage import LocalStore
 
+from mmextract.engine.direct import Buffer
 from mmextract.engine.files import (
-    Buffer,
     beside,
     flush_folder,
     flush_name,

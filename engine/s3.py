@@ -54,7 +54,7 @@ from zarr.core.buffer import Buffer as ZarrBuffer
 from zarr.core.buffer import BufferPrototype
 from zarr.storage import ObjectStore
 
-from mmextract.engine.files import Buffer
+from mmextract.engine.direct import Buffer
 from mmextract.engine.interruptible import REQUESTS, LeavingError
 from mmextract.engine.s3_errors import Failure
 

@@ -124,7 +124,7 @@ class _Interposer:
                 return real(descriptor, data)
             offset = os.lseek(descriptor, 0, os.SEEK_CUR)
             operation = Operation(kind="write", path=path, data=bytes(data), offset=offset)
-            written: int = self.handle(operation, lambda: real(descriptor, operation.data))
+            written: int = self.handle(operation, lambda: real(descriptor, _shortened(data, operation)))
             return written
 
         return wrapped
@@ -154,7 +154,9 @@ class _Watched(io.FileIO):
 
     def write(self, data: Any, /) -> int:
         operation = Operation(kind="write", path=self._path, data=bytes(data), offset=self.tell())
-        written: int = self._interposer.handle(operation, lambda: super(_Watched, self).write(operation.data))
+        written: int = self._interposer.handle(
+            operation, lambda: super(_Watched, self).write(_shortened(data, operation))
+        )
         return written
 
     def readinto(self, buffer: Any, /) -> Any:
@@ -174,6 +176,11 @@ class _Watched(io.FileIO):
             super().close()
         else:
             self._interposer.handle(Operation(kind="close", path=self._path), super().close)
+
+
+def _shortened(data: Any, operation: Operation) -> memoryview:
+    """Return what is to be written of data, in its own memory: direct writes want it aligned."""
+    return memoryview(data).cast("B")[: len(operation.data)]
 
 
 def _opened(descriptor: int) -> Path:

@@ -111,9 +111,11 @@ def _serve() -> None:
 
 
 def _become(request: Request) -> None:
+    from mmextract.engine import direct
     from tests.faults import workload
     from tests.faults.interposer import interpose
 
+    direct.FEWEST_BYTES = direct.BLOCK_BYTES  # so that these shards are written as large ones are
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, path in zip((1, 2), _outputs(request.folder), strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)

@@ -49,7 +49,7 @@ class Stub:
 
     n_samples: int = 11
     n_layers: int = 3
-    hidden_size: int = 8
+    hidden_size: int = 512
     shard_samples: int = 2
     codec: str = "lz4"
     reject_every: int = 7
