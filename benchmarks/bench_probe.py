@@ -200,7 +200,9 @@ def calibrate(n_draws: int) -> dict[str, Any]:
     """Return how many intervals hold the truth, and how even p-values are, in groups of noise."""
     settings = ProbeSettings(permutations=99)
     shapes = {CALIBRATED: SHAPES[CALIBRATED]}
-    (found,) = measure(shapes, (0.0,), n_draws, settings=settings, workers=os.cpu_count() or 1).values()
+    (found,) = measure(
+        shapes, (0.0,), n_draws, n_draws, settings=settings, workers=os.cpu_count() or 1
+    ).values()
     return {"shape": CALIBRATED, **found}
 
 

@@ -147,7 +147,7 @@ def _cells(summary: Summary) -> Iterator[dict[str, Any]]:
                 "difference": difference.value,
                 "difference_error": difference.error,
                 "jackknife_error": float((deviations**2).sum() ** 0.5),
-                "null": test.distances["auroc"].tolist(),
+                "null": test.nulls["auroc"].distances(is_share=False).tolist(),
             }
         yield cell
 

@@ -6,9 +6,10 @@ placements). That is too little: training sets overlap, and each pair of groups 
 train and once to test, so that in noise the true variance is about twice as large. No estimator built from one
 cross-validation can know that (Bengio & Grandvalet 2004, JMLR 5:1089), but labels shuffled as the design allows
 can tell: under them each metric has a true value, its mean, and its distance from it is measured in the very
-standard errors that the shuffle's own deviations give. An interval reaches as many standard errors from its
-estimate as the given share of shuffles lie from their mean: a studentised permutation interval (Janssen 1997,
-Statistics & Probability Letters 36:9; for AUROC Pauly, Asendorf & Konietschke 2016, Biometrical Journal 58:1319).
+standard errors that the shuffle's own deviations give, on the scale that the interval is drawn on. An interval reaches
+as many standard errors from its estimate as the given share of shuffles lie from their mean: a studentised permutation
+interval (Janssen 1997, Statistics & Probability Letters 36:9; for AUROC Pauly, Asendorf & Konietschke 2016, Biometrical
+Journal 58:1319).
 The largest distance among several estimates gives intervals that hold for all of them at once.
 
 This is exact for noise. For a signal it supposes that training and test share of the variance as they do in noise;
@@ -63,6 +64,19 @@ class Interval:
     simultaneous_low: float | None = None
     """Of the interval that holds for all estimates at once, with the same confidence."""
     simultaneous_high: float | None = None
+
+
+def studentise(values: FloatArray, truth: float, errors: FloatArray, *, is_share: bool) -> FloatArray:
+    """Return how many of their jackknife standard errors [B] estimates [B] lie from a truth; 0 where those are 0.
+
+    Measured on the scale of `make_intervals`: an interval holds the truth if it reaches at least as far.
+    """
+    away = values - truth
+    if is_share and 0 < truth < 1:
+        inside = (values > 0) & (values < 1)
+        share = values[inside]
+        away[inside] = (logit(share) - logit(truth)) * share * (1 - share)
+    return np.asarray(np.divide(away, errors, out=np.zeros_like(away), where=errors > 0))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from scipy.stats import false_discovery_control, norm
 from mmextract.probes.design import Design
 from mmextract.probes.evaluation import TaskScores
 from mmextract.probes.groups import IntArray
+from mmextract.probes.intervals import studentise
 from mmextract.probes.metrics import Estimate, FloatArray, rank, score
 from mmextract.probes.settings import ProbeSettings
 from mmextract.probes.solvers import Job
@@ -37,6 +38,20 @@ MOST_ELEMENTS = 1 << 25
 
 
 @dataclass(frozen=True, kw_only=True)
+class Null:
+    """A metric on B shuffles."""
+
+    values: FloatArray
+    """[B]."""
+    errors: FloatArray
+    """[B] their jackknife standard errors."""
+
+    def distances(self, *, is_share: bool) -> FloatArray:
+        """Return [B]: how far each shuffle lies from their mean, see `intervals.studentise`."""
+        return studentise(self.values, float(self.values.mean()), self.errors, is_share=is_share)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PermutationTest:
     """A statistic and those of shuffled labels."""
 
@@ -46,8 +61,8 @@ class PermutationTest:
     """[B] the same, of each shuffle."""
     spread: float
     """Standard deviation of the shuffles' statistics, with their signs."""
-    distances: Mapping[str, FloatArray]
-    """Metric → [B]: how far each shuffle lies from their mean, in its own jackknife standard errors."""
+    nulls: Mapping[str, Null]
+    """Metric → what the shuffles scored at one C."""
 
     @property
     def p_value(self) -> float:
@@ -90,8 +105,7 @@ def run_test(
 ) -> tuple[PermutationTest, Shuffled]:
     """Test the label on states [n, D] against `settings.n_permutations` shuffles.
 
-    chosen: values of C that the label's own probes took. Distances are measured at the value that was tested next to
-    their median.
+    chosen: values of C that the label's own probes took. Nulls are of the tested value that is next to their median.
     """
     fold, penalties = label.folds[0], settings.test_penalties
     labels = make_shuffles(design, fold, settings.n_permutations, settings.seed)
@@ -109,7 +123,7 @@ def run_test(
         value=float(largest[0]),
         null=largest[1:],
         spread=float(largest[1:].std()),
-        distances={metric: studentise(estimate) for metric, estimate in estimates.items()},
+        nulls={metric: _null(estimate) for metric, estimate in estimates.items()},
     )
     return test, Shuffled(estimates=estimates)
 
@@ -132,18 +146,11 @@ def compare(observed: TaskScores, a: Shuffled, b: Shuffled, statistic: str = "au
         )
         for metric, mine in a.estimates.items()
     }
-    distances = {metric: studentise(difference) for metric, difference in differences.items()}
+    nulls = {metric: _null(difference) for metric, difference in differences.items()}
     error = float(np.sqrt((observed.deviations[statistic] ** 2).sum()))
     value = abs(observed.values[statistic]) / error if error else 0.0
-    signed = distances[statistic]
-    return PermutationTest(value=value, null=np.abs(signed), spread=float(signed.std()), distances=distances)
-
-
-def studentise(estimate: Estimate) -> FloatArray:
-    """Return [B]: the distances of all but the first from their mean, in their standard errors; 0 where those are."""
-    away = estimate.values[1:] - estimate.values[1:].mean()
-    errors = estimate.errors[1:]
-    return np.asarray(np.divide(away, errors, out=np.zeros_like(away), where=errors > 0))
+    signed = nulls[statistic].distances(is_share=False)
+    return PermutationTest(value=value, null=np.abs(signed), spread=float(signed.std()), nulls=nulls)
 
 
 def correct_for_maximum(tests: Sequence[PermutationTest]) -> list[float]:
@@ -204,6 +211,11 @@ def _mean_auroc(decisions: FloatArray, labels: IntArray, fold: FoldArray) -> Flo
     """Return [L]: the mean over folds of the AUROC of decisions [L, n, outputs]."""
     tests = [np.flatnonzero(fold == k) for k in range(int(fold.max()) + 1)]
     return np.asarray(np.nanmean([rank(decisions[:, test], labels[:, test]) for test in tests], axis=0))
+
+
+def _null(estimate: Estimate) -> Null:
+    """Return what all but the first scored."""
+    return Null(values=estimate.values[1:], errors=estimate.errors[1:])
 
 
 def _join(parts: Sequence[Estimate]) -> Estimate:

@@ -157,9 +157,11 @@ def _find_intervals(
         return [Interval(value=value) for value in values]
     deviations = np.stack([score.deviations[metric] for score in scores])
     tests = [cell.tests.get(task) or cell.tests.get("label") for cell in by_cell.values()]
-    settings = plan.settings
+    settings, is_share = plan.settings, task not in DIFFERENCES
     if all(test is not None for test in tests):
-        distances = np.stack([test.distances[metric] for test in tests if test is not None])
+        distances = np.stack(
+            [test.nulls[metric].distances(is_share=is_share) for test in tests if test is not None]
+        )
         reach = reach_by_permutations(distances, settings.confidence)
     else:
         reach = reach_by_correction(deviations, settings.folds, settings.confidence, settings.seed)
@@ -169,8 +171,8 @@ def _find_intervals(
         reach,
         confidence=settings.confidence,
         n_groups=plan.design.n_groups,
-        bounds=(-1.0, 1.0) if task in DIFFERENCES else (0.0, 1.0),
-        is_share=task not in DIFFERENCES,
+        bounds=(0.0, 1.0) if is_share else (-1.0, 1.0),
+        is_share=is_share,
     )
 
 

@@ -11,6 +11,7 @@ from mmextract.probes.intervals import (
     reach_by_correction,
     reach_by_permutations,
     stretch_factor,
+    studentise,
 )
 
 RNG = np.random.default_rng(0)
@@ -96,3 +97,23 @@ def test_other_intervals_stay_within_bounds() -> None:
 def test_an_estimate_that_does_not_vary_has_an_interval_without_width() -> None:
     made = interval(0.5, 0.0, Reach(own=np.array([2.7]), together=3.0), share=True)
     assert made.low == made.high == made.simultaneous_low == made.simultaneous_high == 0.5
+
+
+@pytest.mark.parametrize("share", (False, True))
+@pytest.mark.parametrize("value", (0.0, 0.03, 0.6, 0.9, 1.0))
+@pytest.mark.parametrize("truth", (0.2, 0.5, 0.97))
+def test_an_interval_holds_a_truth_if_it_reaches_as_far_as_that_lies(
+    value: float, truth: float, share: bool
+) -> None:
+    error = 0.07
+    (distance,) = np.abs(studentise(np.array([value]), truth, np.array([error]), is_share=share))
+    for reach, holds in ((0.999 * distance, False), (1.001 * distance, True)):
+        made = interval(
+            value, error, Reach(own=np.array([reach]), together=0.0), share=share, n_groups=10_000
+        )
+        assert made.low is not None and made.high is not None
+        assert (made.low <= truth <= made.high) == holds
+
+
+def test_where_nothing_varies_nothing_lies_away() -> None:
+    assert studentise(np.array([0.3, 0.6]), 0.5, np.zeros(2), is_share=True).tolist() == [0, 0]

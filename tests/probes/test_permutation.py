@@ -131,13 +131,13 @@ def test_a_signal_is_beyond_every_shuffle_and_stays_so_after_correction() -> Non
 
 
 def test_a_p_value_counts_the_label_among_its_shuffles() -> None:
-    test = PermutationTest(value=0.6, null=np.array([0.5, 0.6, 0.7, 0.4]), spread=0.1, distances={})
+    test = PermutationTest(value=0.6, null=np.array([0.5, 0.6, 0.7, 0.4]), spread=0.1, nulls={})
     assert test.p_value == 3 / 5
 
 
 def test_the_detectable_effect_lies_above_the_critical_value_and_shrinks_with_the_spread() -> None:
     null = 0.5 + 0.05 * np.random.default_rng(0).normal(size=9999)
-    test = PermutationTest(value=0.6, null=null, spread=float(null.std()), distances={})
+    test = PermutationTest(value=0.6, null=null, spread=float(null.std()), nulls={})
     # z(0.95) + z(0.8) standard deviations above chance
     assert detectable_at([test], 0.05)[0] == pytest.approx(0.5 + 0.05 * (1.645 + 0.842), abs=0.003)
 
@@ -150,7 +150,7 @@ def test_shuffles_taken_a_few_at_a_time_give_the_same(monkeypatch: pytest.Monkey
     monkeypatch.setattr("mmextract.probes.permutation.MOST_ELEMENTS", 6 * (design.n_samples + 5))
     parts = run(x, design)
     assert parts.value == pytest.approx(whole.value) and parts.null == pytest.approx(whole.null)
-    assert parts.distances["auroc"] == pytest.approx(whole.distances["auroc"])
+    assert parts.nulls["auroc"].values == pytest.approx(whole.nulls["auroc"].values)
 
 
 def compare_two(signals: tuple[float, float], seed: int) -> PermutationTest:
