@@ -16,7 +16,7 @@ import torch
 import zarr
 from numpy.typing import NDArray
 
-from mmextract.engine import shards
+from mmextract.engine import direct, shards
 from mmextract.engine.assembly import Assembler, Done
 from mmextract.engine.dump import SHARD_BYTES
 from mmextract.engine.layout import Layout
@@ -105,6 +105,15 @@ def write_raw(parts: Sequence[bytes | memoryview], folder: Path) -> None:
         with (folder / str(index)).open("wb") as file:
             file.write(part)
             file.flush()
+            os.fsync(file.fileno())
+
+
+def write_raw_direct(parts: Sequence[bytes | memoryview], folder: Path) -> None:
+    """Do the same past the page cache."""
+    folder.mkdir()
+    for index, part in enumerate(parts):
+        with (folder / str(index)).open("wb", buffering=0) as file:
+            direct.write(file, [part])
             os.fsync(file.fileno())
 
 
