@@ -23,6 +23,9 @@ from mmextract.engine.writer import StoreWriter
 WRITERS = 3
 """Shards that are on their way at the same time: one is encoded, by all threads, while others wait for the disk."""
 
+BUFFERS = 3
+"""Shards in memory beyond which one waits for another to be written: to touch fresh memory costs as much as encoding."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
@@ -64,7 +67,8 @@ class Assembler:
         self._open: dict[int, _Open] = {}
         self._writing: deque[Future[int]] = deque()
         self._encoding = threading.Lock()
-        self._free: deque[NDArray[Any]] = deque()  # fresh memory costs as much to touch as a shard to encode
+        self._free: deque[NDArray[Any]] = deque()
+        self._n_buffers = 0
         self._pool = ThreadPoolExecutor(WRITERS, "mmextract-shards")
         self.bytes_written = 0
         """Bytes of encoded states so far."""
@@ -139,11 +143,20 @@ class Assembler:
     def _begin(self, index: int) -> _Open:
         layout = self._writer.layout
         n_rows = len(layout.rows(index))
-        states = self._free.pop() if self._free else layout.empty_shard()
+        states = self._take_buffer()
         states[:, n_rows:] = layout.nan
         shard = _Open(states=states, records=layout.empty_records(), n_left=n_rows)
         self._open[index] = shard
         return shard
+
+    def _take_buffer(self) -> NDArray[Any]:
+        """Return memory for a shard: of one that is written, if BUFFERS there are wait for that."""
+        while self._n_buffers >= BUFFERS and not self._free and self._writing:
+            self._finish_one()
+        if self._free:
+            return self._free.pop()
+        self._n_buffers += 1
+        return self._writer.layout.empty_shard()
 
 
 def _index(rows: tuple[int, ...]) -> slice | list[int]:
