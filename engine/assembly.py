@@ -24,7 +24,7 @@ WRITERS = 3
 """Shards that are on their way at the same time: one is encoded, by all threads, while others wait for the disk."""
 
 BUFFERS = 3
-"""Shards in memory beyond which one waits for another to be written: to touch fresh memory costs as much as encoding."""
+"""Shards in memory; then one waits for another to be written: to touch fresh memory costs as much as to encode."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,96 @@
+"""Rows become shards: whole, in any order, and with no more of them in memory than there must be."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from mmextract.engine.assembly import BUFFERS, Assembler, Done
+from mmextract.engine.layout import Layout
+from mmextract.engine.store import open_store
+from mmextract.engine.writer import StoreWriter, open_writer
+
+N_SHARDS, S = 9, 4
+STATES = torch.randn(N_SHARDS * S, 2, 1, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Counting(Layout):
+    """Counts the buffers that were made."""
+
+    made: list[int]
+
+    def empty_shard(self) -> NDArray[Any]:
+        self.made.append(1)
+        return super().empty_shard()
+
+
+def layout(codec: str) -> Counting:
+    found = Counting(
+        n_samples=len(STATES), layers=(0, 1), positions=("last",), hidden_size=8, codec=codec, shard_samples=S
+    )
+    object.__setattr__(found, "made", [])  # it is frozen
+    return found
+
+
+def assemble(path: Path, codec: str, order: Sequence[int]) -> Counting:
+    """Write the rows one by one, in that order."""
+    chosen = layout(codec)
+    with ThreadPoolExecutor(2) as executor:
+        columns = {"sample": [str(row) for row in range(len(STATES))]}
+        writer = open_writer(path, chosen, columns, {"run": {}}, executor)
+        with Assembler(writer, lambda n_rows: None) as assembler:
+            for row in order:
+                done = Done(
+                    shard=row // S,
+                    rows=(row % S,),
+                    records=({"n_tokens": row},),
+                    nonfinite=torch.zeros(1, 2, dtype=torch.int64),
+                    overflow=torch.zeros(1, dtype=torch.int64),
+                )
+                assembler.consume(done, STATES[row : row + 1])
+        writer.finalise()
+    return chosen
+
+
+@pytest.mark.parametrize("codec", ("lz4", "none"))
+@pytest.mark.parametrize("interleaved", (False, True))
+def test_rows_in_any_order_become_the_same_states(tmp_path: Path, codec: str, interleaved: bool) -> None:
+    # interleaved: all shards are open at once, more than there are buffers otherwise
+    rows = np.arange(len(STATES)).reshape(N_SHARDS, S)
+    order = (rows.T if interleaved else rows).ravel().tolist()
+    chosen = assemble(tmp_path / "a.zarr", codec, order)
+    store = open_store(tmp_path / "a.zarr")
+    assert np.array_equal(store.hidden_states[:], STATES.numpy())
+    assert store.columns["n_tokens"].tolist() == list(range(len(STATES)))
+    assert len(chosen.made) <= (N_SHARDS if interleaved else BUFFERS)
+
+
+@pytest.mark.parametrize("codec", ("lz4", "none"))
+def test_a_slow_disk_does_not_fill_the_memory(
+    tmp_path: Path, codec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = StoreWriter.commit
+
+    def commit_slowly(self: StoreWriter, shard: int, encoded: Sequence[Sequence[Any]]) -> int:
+        time.sleep(0.05)
+        return commit(self, shard, encoded)
+
+    monkeypatch.setattr(StoreWriter, "commit", commit_slowly)
+    assert len(assemble(tmp_path / "a.zarr", codec, range(len(STATES))).made) <= BUFFERS
+
+
+def test_what_goes_wrong_with_a_shard_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: StoreWriter, shard: int, encoded: Mapping[str, Any]) -> int:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(StoreWriter, "commit", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        assemble(tmp_path / "a.zarr", "lz4", range(len(STATES)))
