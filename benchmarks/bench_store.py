@@ -42,7 +42,15 @@ def measure_writes(states: NDArray[Any], scratch: Path, repeats: int) -> dict[st
     keep_freed_memory()  # as a dump does, so that all are measured alike
     parts = work.shard_arrays(states)
     with ThreadPoolExecutor() as executor:
-        encoded = {codec: [join(encode_shard(p, codec, executor)) for p in parts] for codec in CODECS}
+        encoded = {
+            codec: [join(encode_shard(part, codec, executor)) for part in parts]
+            for codec in CODECS
+            if codec != "none"
+        }
+        n_encoded = {codec: sum(map(len, pieces)) for codec, pieces in encoded.items()}
+        n_encoded["none"] = sum(
+            len(piece) for part in parts for piece in encode_shard(part, "none", executor)
+        )
         jobs: dict[str, Any] = {
             "raw": partial(work.write_raw, [part.data for part in parts]),
             "raw direct": partial(
@@ -63,7 +71,7 @@ def measure_writes(states: NDArray[Any], scratch: Path, repeats: int) -> dict[st
         timings = alternate(jobs, repeats=repeats, before=partial(_clear, scratch))
     return {
         "n_bytes": states.nbytes,
-        "encoded_bytes": {codec: sum(map(len, pieces)) for codec, pieces in encoded.items()},
+        "encoded_bytes": n_encoded,
         "seconds": {name: list(timing.seconds) for name, timing in timings.items()},
         "processor_seconds": {name: list(timing.processor_seconds) for name, timing in timings.items()},
         "ratios": write_ratios(timings),

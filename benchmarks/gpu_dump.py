@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,9 +77,12 @@ CASES = (
 class WithoutStates(LocalObjects):
     """A store in a folder as any other, but that the shards of its hidden states are dropped and not written."""
 
-    def put_all(self, objects: Mapping[str, Sequence[Buffer]]) -> None:
+    def put_all(
+        self, objects: Mapping[str, Sequence[Buffer]], on_read: Callable[[], None] = lambda: None
+    ) -> None:
         """Write all of `objects` but hidden states."""
-        super().put_all({key: objects[key] for key in objects if not key.startswith("hidden_states/c/")})
+        kept = {key: objects[key] for key in objects if not key.startswith("hidden_states/c/")}
+        super().put_all(kept, on_read)
 
 
 class Dumps:

@@ -5,10 +5,12 @@ This module knows nothing about models or images.
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -24,7 +26,7 @@ WRITERS = 3
 """Shards that are on their way at the same time: one is encoded, by all threads, while others wait for the disk."""
 
 BUFFERS = 3
-"""Shards in memory; then one waits for another to be written: to touch fresh memory costs as much as to encode."""
+"""Shards in memory; then one waits until another has been read: to touch fresh memory costs as much as to encode."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,7 @@ class Assembler:
         self._open: dict[int, _Open] = {}
         self._writing: deque[Future[int]] = deque()
         self._encoding = threading.Lock()
-        self._free: deque[NDArray[Any]] = deque()
+        self._free: queue.SimpleQueue[NDArray[Any]] = queue.SimpleQueue()
         self._n_buffers = 0
         self._pool = ThreadPoolExecutor(WRITERS, "mmextract-shards")
         self.bytes_written = 0
@@ -105,19 +107,18 @@ class Assembler:
         self._on_progress(len(done.rows))
 
     def _write(self, index: int, shard: _Open) -> None:
-        while len(self._writing) >= WRITERS:  # bounds the memory
-            self._finish_one()
+        while self._writing and (len(self._writing) >= WRITERS or self._writing[0].done()):
+            self._finish_one()  # bounds the memory, and raises soon what went wrong
         self._writing.append(self._pool.submit(self._encode_and_commit, index, shard))
 
     def _encode_and_commit(self, index: int, shard: _Open) -> int:
-        with self._encoding:  # not two at once, which would then wait for the disk at once
-            encoded = self._writer.encode(shard.states, shard.records, shard.rejected)
-        if self._writer.layout.codec != "none":
-            self._free.append(shard.states)
-        n_bytes = self._writer.commit(index, encoded)
-        if self._writer.layout.codec == "none":  # what was written were views of the states
-            self._free.append(shard.states)
-        return n_bytes
+        with ExitStack() as in_use:
+            in_use.callback(self._free.put, shard.states)
+            with self._encoding:  # not two at once, which would then wait for the disk at once
+                encoded = self._writer.encode(shard.states, shard.records, shard.rejected)
+            if self._writer.layout.codec != "none":  # otherwise what is written are views of the states
+                in_use.close()
+            return self._writer.commit(index, encoded, on_read=in_use.close)
 
     def _finish_one(self) -> None:
         self.bytes_written += self._writing.popleft().result()
@@ -150,13 +151,13 @@ class Assembler:
         return shard
 
     def _take_buffer(self) -> NDArray[Any]:
-        """Return memory for a shard: of one that is written, if BUFFERS there are wait for that."""
-        while self._n_buffers >= BUFFERS and not self._free and self._writing:
-            self._finish_one()
-        if self._free:
-            return self._free.pop()
-        self._n_buffers += 1
-        return self._writer.layout.empty_shard()
+        """Return memory for a shard: of one that was read; if there are BUFFERS, wait for that."""
+        may_come = self._n_buffers > len(self._open)  # otherwise all are being filled
+        try:
+            return self._free.get(block=may_come and self._n_buffers >= BUFFERS)
+        except queue.Empty:
+            self._n_buffers += 1
+            return self._writer.layout.empty_shard()
 
 
 def _index(rows: tuple[int, ...]) -> slice | list[int]:

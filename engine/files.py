@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +27,9 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def replace_files(files: Mapping[Path, Sequence[Buffer]], base: Path) -> None:
+def replace_files(
+    files: Mapping[Path, Sequence[Buffer]], base: Path, on_read: Callable[[], None] = lambda: None
+) -> None:
     """Write files, each the concatenation of its parts, all of which are there to stay when this returns.
 
     A reader, and a loss of power, find a file as it was or as it will be: the bytes go to a temporary file beside it,
@@ -35,7 +37,8 @@ def replace_files(files: Mapping[Path, Sequence[Buffer]], base: Path) -> None:
     file neither sees a part of the other's. Folders are flushed once, at the end, for every flush may wait for
     whatever else is on its way to the disk. Raises OSError if any of this fails; each file then is what it was, or new.
 
-    base: a folder above all of them that is there to stay already.
+    base: a folder above all of them that is there to stay already. on_read: called once the first file is
+    written, and not yet flushed: its parts are not read any more.
     """
     temporaries: dict[Path, Path] = {}
     unflushed: set[Path] = set()
@@ -43,10 +46,13 @@ def replace_files(files: Mapping[Path, Sequence[Buffer]], base: Path) -> None:
         for target in files:
             with naming(target):
                 unflushed |= {target.parent, *make_folders(target.parent, base)}
-        for target, parts in files.items():
+        for number, (target, parts) in enumerate(files.items()):
             temporaries[target] = beside(target)
-            with naming(target):
-                _write(temporaries[target], parts)
+            with naming(target), temporaries[target].open("wb", buffering=0) as opened:
+                write(opened, parts)
+                if number == 0:
+                    on_read()
+                os.fsync(opened.fileno())
         for target, temporary in temporaries.items():
             with naming(target):
                 temporary.replace(target)
@@ -56,12 +62,6 @@ def replace_files(files: Mapping[Path, Sequence[Buffer]], base: Path) -> None:
         raise
     for folder in sorted(unflushed, reverse=True):
         flush_folder(folder)
-
-
-def _write(file: Path, parts: Sequence[Buffer]) -> None:
-    with file.open("wb", buffering=0) as opened:
-        write(opened, parts)
-        os.fsync(opened.fileno())
 
 
 def beside(target: Path) -> Path:

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -61,8 +61,14 @@ class Objects(Protocol):
     def put(self, key: str, parts: Sequence[Buffer]) -> None:
         """Write the concatenation of `parts` under `key`: a reader sees the old object or the new, never a part."""
 
-    def put_all(self, objects: Mapping[str, Sequence[Buffer]]) -> None:
-        """Write several objects, each as `put` does; which of them is there first is open."""
+    def put_all(
+        self, objects: Mapping[str, Sequence[Buffer]], on_read: Callable[[], None] = lambda: None
+    ) -> None:
+        """Write several objects, each as `put` does; which of them is there first is open.
+
+        on_read: called when the parts of the first one have been read for the last time, so that their memory may be
+        used for others; perhaps long before they are there to stay. If this raises, it may not have been called.
+        """
 
     def get(self, key: str) -> bytes | None:
         """Return the bytes under `key`, or None if there is no such object."""
@@ -189,10 +195,12 @@ class LocalObjects:
         """Write the concatenation of `parts` under `key`; see `files.replace_files`."""
         self.put_all({key: parts})
 
-    def put_all(self, objects: Mapping[str, Sequence[Buffer]]) -> None:
+    def put_all(
+        self, objects: Mapping[str, Sequence[Buffer]], on_read: Callable[[], None] = lambda: None
+    ) -> None:
         """Write several objects; see `files.replace_files`."""
         flush_name(self.root)
-        replace_files({self.root / key: parts for key, parts in objects.items()}, self.root)
+        replace_files({self.root / key: parts for key, parts in objects.items()}, self.root, on_read)
 
     def get(self, key: str) -> bytes | None:
         """Return the bytes under `key`, or None if there is no such object."""

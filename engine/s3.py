@@ -167,10 +167,13 @@ class S3Objects:
 
         self._do("write", key, request)
 
-    def put_all(self, objects: Mapping[str, Sequence[Buffer]]) -> None:
+    def put_all(
+        self, objects: Mapping[str, Sequence[Buffer]], on_read: Callable[[], None] = lambda: None
+    ) -> None:
         """Write several objects, one after the other."""
         for key, parts in objects.items():
             self.put(key, parts)
+        on_read()
 
     def get(self, key: str) -> bytes | None:
         """Return the bytes under `key`, or None if S3 says that there is no such object."""

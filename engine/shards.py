@@ -47,16 +47,18 @@ def _blosc_settings(codec: str) -> Mapping[str, Any]:
 def encode_shard(chunks: np.ndarray[Any, Any], codec: str, executor: Executor) -> list[Bytes]:
     """Encode [L, S, P, D], L inner chunks of shape (S, 1, P, D), little endian. Returns the object in pieces.
 
-    The chunks are encoded in the executor's threads; Blosc lets go of the interpreter's lock. A chunk and its checksum
-    are two pieces, so that nothing is copied to join them; uncompressed chunks are views of what was given.
+    The chunks are encoded in the executor's threads; Blosc and the checksum let go of the interpreter's lock. A chunk
+    and its checksum are two pieces, so that nothing is copied to join them; uncompressed chunks are views of what was
+    given.
     """
     assert chunks.flags.c_contiguous and chunks.dtype.newbyteorder("<") == chunks.dtype
-    encoded: Iterable[Bytes]
-    if codec == "none":
-        encoded = (chunk.reshape(-1).view(np.uint8).data for chunk in chunks)
-    else:
-        encoded = executor.map(Blosc(shuffle=Blosc.BITSHUFFLE, **_blosc_settings(codec)).encode, chunks)
-    pieces = [piece for data in encoded for piece in (data, _crc(data))]
+    blosc = None if codec == "none" else Blosc(shuffle=Blosc.BITSHUFFLE, **_blosc_settings(codec))
+
+    def encode(chunk: np.ndarray[Any, Any]) -> tuple[Bytes, Bytes]:
+        data: Bytes = chunk.reshape(-1).view(np.uint8).data if blosc is None else blosc.encode(chunk)
+        return data, _crc(data)
+
+    pieces = [piece for encoded in executor.map(encode, chunks) for piece in encoded]
     lengths = np.asarray([len(data) + 4 for data in pieces[::2]], "<u8")
     offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype("<u8")
     index = np.stack([offsets, lengths], axis=1).tobytes()

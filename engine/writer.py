@@ -84,13 +84,21 @@ class StoreWriter:
             objects.append([_encode_strings(reasons)])
         return objects
 
-    def commit(self, shard: int, encoded: Sequence[Sequence[shards.Bytes]]) -> int:
-        """Write what `encode` gave, flush it to disk, then its digest. Returns the bytes of hidden states."""
+    def commit(
+        self,
+        shard: int,
+        encoded: Sequence[Sequence[shards.Bytes]],
+        on_read: Callable[[], None] = lambda: None,
+    ) -> int:
+        """Write what `encode` gave, flush it to disk, then its digest. Returns the bytes of hidden states.
+
+        on_read: called when the pieces of the hidden states have been read for the last time; see `Objects.put_all`.
+        """
         keys = shard_keys(shard)
         if len(encoded) < len(keys):  # an earlier attempt at this shard may have rejected some
             self.objects.delete(keys[2])
         digest = shards.digest(encoded, seed=shard_seed(self.run, shard))
-        self.objects.put_all(dict(zip(keys, encoded, strict=False)))
+        self.objects.put_all(dict(zip(keys, encoded, strict=False)), on_read)
         self.guard()
         self.objects.put(f"shard_digest/c/{shard}", [digest.to_bytes(8, "little")])
         return sum(map(len, encoded[0]))

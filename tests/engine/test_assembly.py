@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import numpy as np
@@ -79,18 +82,53 @@ def test_a_slow_disk_does_not_fill_the_memory(
 ) -> None:
     commit = StoreWriter.commit
 
-    def commit_slowly(self: StoreWriter, shard: int, encoded: Sequence[Sequence[Any]]) -> int:
+    def commit_slowly(
+        self: StoreWriter, shard: int, encoded: Sequence[Sequence[Any]], on_read: Callable[[], None]
+    ) -> int:
         time.sleep(0.05)
-        return commit(self, shard, encoded)
+        return commit(self, shard, encoded, on_read)
 
     monkeypatch.setattr(StoreWriter, "commit", commit_slowly)
     assert len(assemble(tmp_path / "a.zarr", codec, range(len(STATES))).made) <= BUFFERS
 
 
-def test_what_goes_wrong_with_a_shard_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: StoreWriter, shard: int, encoded: Mapping[str, Any]) -> int:
+@pytest.mark.parametrize("codec", ("lz4", "none"))
+def test_what_goes_wrong_with_a_shard_is_raised(
+    tmp_path: Path, codec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def fail(self: StoreWriter, shard: int, encoded: Mapping[str, Any], on_read: Callable[[], None]) -> int:
+        tried.append(shard)
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(StoreWriter, "commit", fail)
     with pytest.raises(OSError, match="the disk is gone"):
-        assemble(tmp_path / "a.zarr", "lz4", range(len(STATES)))
+        assemble(tmp_path / "a.zarr", codec, range(len(STATES)))
+    assert len(tried) < N_SHARDS  # it did not go on to the end
+
+
+def test_memory_is_used_again_while_what_it_held_is_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed = threading.Event()
+    fsync, begun = os.fsync, Assembler._begin
+
+    def flush_late(descriptor: int) -> None:
+        if S_ISREG(os.fstat(descriptor).st_mode) and threading.current_thread().name.startswith(
+            "mmextract-shards"
+        ):
+            assert flushed.wait(60), "nothing was begun while the first shards were flushed"
+        fsync(descriptor)
+
+    def begin(self: Assembler, index: int) -> Any:
+        found = begun(self, index)
+        if index == BUFFERS:  # one more than there is memory for at once
+            flushed.set()
+        return found
+
+    monkeypatch.setattr(os, "fsync", flush_late)
+    monkeypatch.setattr(Assembler, "_begin", begin)
+    chosen = assemble(tmp_path / "a.zarr", "none", range(len(STATES)))
+    assert len(chosen.made) <= BUFFERS
+    assert np.array_equal(open_store(tmp_path / "a.zarr").hidden_states[:], STATES.numpy())
