@@ -2,7 +2,7 @@
 
 One core, and processor seconds, which a busy machine distorts less than time on the clock; the run over a whole
 store takes as many workers as there are cores, and time on the clock. Figures are ratios at the KKT residual that is
-printed beside them; a residual is the largest entry of the gradient over C·m in the scaled features, an excess how
+printed beside them; a residual is the largest entry of the gradient over C·m in the features as fitted, an excess how
 far the objective stands above the lowest one found. The limit is the arithmetic that is left: a Gram matrix for each
 training set and a factor for each fit, at the speed of a matrix product measured here. States are synthetic, with a
 spectrum that falls as a power law, and with --real those of SmolLM2, whose exponent is printed too. Of calibration
@@ -53,17 +53,19 @@ def measure_flops() -> float:
     return 2 * 1500**3 / min(seconds.seconds)
 
 
-def measure_decay(x: FloatArray) -> float:
-    """Return the exponent of the power law by which the scaled features' singular values fall."""
-    values = np.linalg.svd(StandardScaler().fit_transform(x), compute_uv=False)
+def measure_decay(x: FloatArray, scale: bool) -> float:
+    """Return the exponent of the power law by which the singular values fall of centred, or scaled, features."""
+    values = np.linalg.svd(StandardScaler(with_std=scale).fit_transform(x), compute_uv=False)
     k = np.arange(3, max(5, int(0.8 * len(values))))
     return float(-np.polyfit(np.log(k), np.log(values[k - 1]), 1)[0])
 
 
-def compare(x: FloatArray, y: IntArray, n_sets: int, repeats: int, flops: float) -> dict[str, Any]:
+def compare(
+    x: FloatArray, y: IntArray, n_sets: int, repeats: int, flops: float, *, scale: bool = True
+) -> dict[str, Any]:
     """Return speed and residuals of `auto`'s choice and of scikit-learn's L-BFGS at two tolerances."""
     n, d = x.shape
-    jobs = make_jobs(y, n_sets)
+    jobs = make_jobs(y, n_sets, scale=scale)
     solver = DualSolver() if choose(len(jobs[0].rows), d, "cpu") == "dual" else PrimalSolver()
     found: dict[str, list[list[Solution]]] = {}
     work: dict[str, Callable[[], object]] = {
@@ -83,10 +85,11 @@ def compare(x: FloatArray, y: IntArray, n_sets: int, repeats: int, flops: float)
     decided = {name: np.stack([s.decide(x)[:, 0] for s in solutions]) for name, solutions in flat.items()}
     tight = decided["lbfgs, tol 1e-8"]
     m = len(jobs[0].rows)
-    least = len(jobs) * (m**2 * d + len(PENALTIES) * m**3 / 3) / flops
+    gram = len(jobs) * m**2 * d if scale else n**2 * d  # half a product, which is symmetric
+    least = (gram + len(jobs) * len(PENALTIES) * m**3 / 3) / flops
     return {
         "shape": [n, d],
-        "decay": measure_decay(x),
+        "decay": measure_decay(x, scale),
         "seconds at the limit": least,
         "limit over ours": least / ours,
         "fits": len(owner),
@@ -176,6 +179,9 @@ def compare_real(n: int, d: int, n_sets: int, repeats: int, flops: float) -> dic
     return {
         "SmolLM2, middle layer": compare(layer, y[: len(layer)], n_sets, repeats, flops),
         "SmolLM2, layers side by side": compare(side.astype(np.float64), y, n_sets, repeats, flops),
+        "SmolLM2, layers side by side, not scaled": compare(
+            side.astype(np.float64), y, n_sets, repeats, flops, scale=False
+        ),
     }
 
 
@@ -268,6 +274,8 @@ def main() -> None:
             name: compare(*make_states(arguments.samples, arguments.features, decay=decay), *sizes, flops)
             for name, decay in (("flat", FLAT), ("steep", STEEP))
         }
+        flat = make_states(arguments.samples, arguments.features, decay=FLAT)
+        speed["flat, not scaled"] = compare(*flat, *sizes, flops, scale=False)
         if arguments.real:
             speed |= compare_real(arguments.samples, arguments.features, *sizes, flops)
         stored = run_store_parts(arguments, flops)

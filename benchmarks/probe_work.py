@@ -30,12 +30,12 @@ def make_states(
     return x * rng.lognormal(size=d) + rng.normal(size=d), logits.argmax(1)
 
 
-def make_jobs(y: IntArray, n_sets: int, labels: int = 1) -> list[Job]:
-    """Return one job a fold and label: the label itself first, then shuffled ones."""
+def make_jobs(y: IntArray, n_sets: int, labels: int = 1, *, scale: bool = True) -> list[Job]:
+    """Return one job a fold and label: the label itself first, then shuffled ones. scale: see `Job.scale`."""
     rng = np.random.default_rng(1)
     shuffled = [y, *(rng.permutation(y) for _ in range(labels - 1))]
     rows = [np.flatnonzero(np.arange(len(y)) % FOLDS != fold) for fold in range(n_sets)]
-    return [Job(rows=r, y=some[r], penalties=PENALTIES) for r in rows for some in shuffled]
+    return [Job(rows=r, y=some[r], penalties=PENALTIES, scale=scale) for r in rows for some in shuffled]
 
 
 def solve(solver: Solver, x: FloatArray, jobs: Sequence[Job]) -> list[list[Solution]]:
@@ -44,10 +44,13 @@ def solve(solver: Solver, x: FloatArray, jobs: Sequence[Job]) -> list[list[Solut
 
 
 def loop(x: FloatArray, jobs: Sequence[Job], **options: Any) -> list[list[Solution]]:
-    """Fit each penalty of each job by itself, as people do; the residual and the features' scale come after."""
+    """Fit each penalty of each job by itself, as people do: features standardised, or left as they are.
+
+    The residual is that in centred features, in which ours is measured.
+    """
     found = []
     for job in jobs:
-        scaler = StandardScaler().fit(x[job.rows])
+        scaler = StandardScaler(with_mean=job.scale, with_std=job.scale).fit(x[job.rows])
         z = scaler.transform(x[job.rows])
         models = [LogisticRegression(C=c, max_iter=100_000, **options).fit(z, job.y) for c in job.penalties]
         found.append([_convert(model, scaler, z, job.y) for model in models])
@@ -55,19 +58,22 @@ def loop(x: FloatArray, jobs: Sequence[Job], **options: Any) -> list[list[Soluti
 
 
 def _convert(model: LogisticRegression, scaler: StandardScaler, z: FloatArray, y: IntArray) -> Solution:
-    coefficients = model.coef_.T / scaler.scale_[:, None]
+    weights, intercept, center = model.coef_.T, model.intercept_, z.mean(0)
+    coefficients = weights if scaler.scale_ is None else weights / scaler.scale_[:, None]
     return Solution(
         penalty=model.C,
         coefficients=coefficients,
-        intercept=model.intercept_ - scaler.mean_ @ coefficients,
+        intercept=intercept if scaler.mean_ is None else intercept - scaler.mean_ @ coefficients,
         n_iter=int(model.n_iter_.max()),
         method="loop",
-        residual=kkt_residual(z, y, model.C, model.coef_.T, model.intercept_),
+        residual=kkt_residual(z - center, y, model.C, weights, intercept + center @ weights),
     )
 
 
 def objective(x: FloatArray, job: Job, solution: Solution) -> float:
-    """Return ½‖w‖² + C·Σ loss, in scaled features, of a binary probe."""
-    w = solution.coefficients[:, 0] * StandardScaler().fit(x[job.rows]).scale_
+    """Return ½‖w‖² + C·Σ loss of a binary probe, in scaled features if the job scales them."""
+    w = solution.coefficients[:, 0]
+    if job.scale:
+        w = w * StandardScaler().fit(x[job.rows]).scale_
     logits = solution.decide(x[job.rows])[:, 0]
     return float(w @ w / 2 + solution.penalty * np.logaddexp(0, np.where(job.y == 1, -logits, logits)).sum())

@@ -7,7 +7,7 @@ side by side. This module knows nothing about how features are brought into orth
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +22,11 @@ CACHED = {"cpu": 1 << 16, "cuda": 1 << 26}
 
 LIVE_LOGITS = 12
 """Arrays of the logits' shape that a Newton step keeps."""
+
+
+MEASURED_COLUMNS = 16
+"""Logits of a sample that are computed together where there are more: by so many, a product with the features takes
+little longer than by one, as it takes as long as these take to come from memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +45,7 @@ class RowSet:
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """The optima for one penalty, in centred and scaled features."""
+    """The optima of one penalty for each job, in centred and scaled features."""
 
     w: Tensor
     """[F, L, c, D]."""
@@ -48,8 +53,6 @@ class Fitted:
     """[F, L, c]."""
     n_steps: Tensor
     """[F, L] Newton steps taken."""
-    state: Any
-    """Where the search for the next penalty may start."""
 
 
 class Features(Protocol):
@@ -72,8 +75,11 @@ class Features(Protocol):
     def backward(self, errors: Tensor) -> Tensor:
         """Return their transposed product with errors [F, q, m]: [F, q, D]."""
 
-    def minimise(self, labels: Labels, state: Any) -> Fitted:
-        """Return the optima. state: that of the last penalty, or None."""
+    def minimise(self, labels: Sequence[Labels], state: Any) -> tuple[list[Fitted], Any]:
+        """Return the optima of labels that differ in penalties, and where a search for the next may start.
+
+        state: what was returned for the penalties before, or None.
+        """
 
 
 class OrthogonalFeatures(Features, Basis, Protocol):
@@ -82,11 +88,15 @@ class OrthogonalFeatures(Features, Basis, Protocol):
     def weights(self, optimum: Optimum) -> Tensor:
         """Return the optimum's parameters as weights of centred and scaled features: [F, L·c, D]."""
 
-    def minimise(self, labels: Labels, state: Any) -> Fitted:
-        """Return the optima. state: that of the last penalty, or None."""
-        optimum = minimise(self, labels, state)
-        w = self.weights(optimum).unflatten(1, labels.targets.shape[1:3])
-        return Fitted(w=w, intercept=optimum.v[..., -1], n_steps=optimum.n_steps, state=optimum.v)
+    def minimise(self, labels: Sequence[Labels], state: Any) -> tuple[list[Fitted], Any]:
+        """Return the optima and, for the next call, the last ones' coordinates."""
+        found = []
+        for some in labels:
+            optimum = minimise(self, some, state)
+            w = self.weights(optimum).unflatten(1, some.targets.shape[1:3])
+            found.append(Fitted(w=w, intercept=optimum.v[..., -1], n_steps=optimum.n_steps))
+            state = optimum.v
+        return found, state
 
 
 def solve_in_batches(
@@ -150,45 +160,56 @@ def _solve_batch(
     """Return a solution for each penalty of each job, by the job's number; each penalty starts from the last."""
     targets, weights = _label(jobs, batch, features)
     penalties = np.array([[jobs[number].penalties for number in row_set.jobs] for row_set in batch])
+    labels = [
+        Labels(targets=targets, weights=weights, penalty=targets.new_tensor(penalty))
+        for penalty in np.moveaxis(penalties, 2, 0)  # [F, L]
+    ]
     found: dict[int, list[Solution]] = {number: [] for row_set in batch for number in row_set.jobs}
+    together = max(1, MEASURED_COLUMNS // (targets.shape[1] * targets.shape[2]))
     state = None
-    for penalty in np.moveaxis(penalties, 2, 0):  # [F, L]
-        labels = Labels(targets=targets, weights=weights, penalty=targets.new_tensor(penalty))
-        fitted = features.minimise(labels, state)
-        state, w, intercept = fitted.state, fitted.w, fitted.intercept
-        if intercept.shape[2] > 1:
-            intercept = intercept - intercept.mean(2, keepdim=True)
-        residual = _measure(features, labels, w, intercept)
-        coefficients = w / features.scale[:, None, None]
-        intercept = intercept - (features.center[:, None, None] * coefficients).sum(3)
-        for at, row_set in enumerate(batch):
-            columns = coefficients[at].mT.cpu().numpy()  # [L, D, c]
-            for label, number in enumerate(row_set.jobs):
-                found[number].append(
-                    Solution(
-                        penalty=float(penalty[at, label]),
-                        coefficients=np.ascontiguousarray(columns[label]),
-                        intercept=intercept[at, label].cpu().numpy(),
-                        n_iter=int(fitted.n_steps[at, label]),
-                        method=method,
-                        residual=float(residual[at, label]),
+    for first in range(0, len(labels), together):
+        some = labels[first : first + together]
+        optima, state = features.minimise(some, state)
+        if targets.shape[2] > 1:
+            optima = [replace(o, intercept=o.intercept - o.intercept.mean(2, keepdim=True)) for o in optima]
+        for one, fitted, residual in zip(some, optima, _measure(features, some, optima), strict=True):
+            coefficients = fitted.w / features.scale[:, None, None]
+            intercept = fitted.intercept - (features.center[:, None, None] * coefficients).sum(3)
+            for at, row_set in enumerate(batch):
+                columns = coefficients[at].mT.cpu().numpy()  # [L, D, c]
+                for label, number in enumerate(row_set.jobs):
+                    found[number].append(
+                        Solution(
+                            penalty=float(one.penalty[at, label]),
+                            coefficients=np.ascontiguousarray(columns[label]),
+                            intercept=intercept[at, label].cpu().numpy(),
+                            n_iter=int(fitted.n_steps[at, label]),
+                            method=method,
+                            residual=float(residual[at, label]),
+                        )
                     )
-                )
     return found
 
 
-def find_moments(states: Tensor, rows: Tensor, scale: bool) -> tuple[Tensor, Tensor]:
-    """Return the mean [D] of states[rows] and, if they are to be scaled, their standard deviation [D], else ones.
+def standardise(samples: Tensor, scale: bool) -> tuple[Tensor, Tensor]:
+    """Centre samples [m, D] in place, and divide them by their standard deviation if they are to be scaled.
 
-    See `find_scale`.
+    Returns their mean [D] and what they were divided by [D], ones if they were not; see `find_scale`.
     """
-    n, zero = len(rows), states.new_zeros(states.shape[1])
-    parts = rows.split(max(1, CACHED[states.device.type] // states.shape[1]))
-    mean = sum((states[part].sum(0) for part in parts), zero) / n
+    parts = samples.split(max(1, CACHED[samples.device.type] // samples.shape[1]))
+    zero = samples.new_zeros(samples.shape[1])
+    mean = sum((part.sum(0) for part in parts), zero) / len(samples)
+    squares = zero.clone()
+    for part in parts:
+        part.sub_(mean)
+        if scale:
+            squares += part.square().sum(0)
     if not scale:
         return mean, torch.ones_like(mean)
-    variance = sum((states[part].sub_(mean).square_().sum(0) for part in parts), zero) / n
-    return mean, find_scale(mean, variance, n)
+    divisor = find_scale(mean, squares / len(samples), len(samples))
+    for part in parts:
+        part.div_(divisor)
+    return mean, divisor
 
 
 def find_scale(mean: Tensor, variance: Tensor, n_rows: Tensor | float) -> Tensor:
@@ -216,10 +237,19 @@ def _label(jobs: Sequence[Job], batch: Sequence[RowSet], features: Features) -> 
     return targets.to(device, torch.float64), torch.from_numpy(weights).to(device)
 
 
-def _measure(features: Features, labels: Labels, w: Tensor, intercept: Tensor) -> Tensor:
-    """Return the KKT residual, [F, L], in the features themselves (see `solvers.kkt_residual`)."""
-    logits = features.forward(w.flatten(1, 2)).unflatten(1, w.shape[1:3]) + intercept[..., None]
-    errors = labels.strength * (labels.probabilities(logits) - labels.targets)
-    slope = w + features.backward(errors.flatten(1, 2)).unflatten(1, w.shape[1:3])
-    largest = torch.maximum(slope.abs().amax((2, 3)), errors.sum(3).abs().amax(2))
-    return largest / (labels.penalty * features.n_rows[:, None])
+def _measure(features: Features, labels: Sequence[Labels], optima: Sequence[Fitted]) -> Iterator[Tensor]:
+    """Yield the KKT residuals, [F, L], in the features themselves (see `solvers.kkt_residual`)."""
+    shape = (len(optima), *optima[0].w.shape[1:3])
+    logits = features.forward(torch.cat([fitted.w.flatten(1, 2) for fitted in optima], 1)).unflatten(1, shape)
+    errors = torch.stack(
+        [
+            one.strength * (one.probabilities(logits[:, at] + fitted.intercept[..., None]) - one.targets)
+            for at, (one, fitted) in enumerate(zip(labels, optima, strict=True))
+        ],
+        1,
+    )  # [F, P, L, c, m]
+    slopes = features.backward(errors.flatten(1, 3)).unflatten(1, shape)
+    for at, (one, fitted) in enumerate(zip(labels, optima, strict=True)):
+        slope, total = fitted.w + slopes[:, at], errors[:, at].sum(3)
+        largest = torch.maximum(slope.abs().amax((2, 3)), total.abs().amax(2))
+        yield largest / (one.penalty * features.n_rows[:, None])

@@ -26,14 +26,13 @@ import torch
 from torch import Tensor
 
 from mmextract.probes.batches import (
-    CACHED,
     LIVE_LOGITS,
     Features,
     Fitted,
     OrthogonalFeatures,
     RowSet,
-    find_moments,
     solve_in_batches,
+    standardise,
 )
 from mmextract.probes.cholesky import DualOptimum, GramNewton, Problem
 from mmextract.probes.newton import Labels, Optimum
@@ -88,10 +87,8 @@ class _Samples:
 
     def __init__(self, states: Tensor, row_set: RowSet, gram: Tensor | None) -> None:
         rows = torch.from_numpy(row_set.rows).to(states.device)
-        self.center, self.scale = find_moments(states, rows, row_set.scale)
         self.z = states[rows]  # [m, D]
-        for part in self.z.split(max(1, CACHED[states.device.type] // states.shape[1])):
-            part.sub_(self.center).div_(self.scale)
+        self.center, self.scale = standardise(self.z, row_set.scale)
         self.gram = _multiply(self.z) if row_set.scale else _center(gram, rows)
 
 
@@ -110,23 +107,37 @@ class _Gram(Features):
         return w @ self.z.T
 
     def backward(self, errors: Tensor) -> Tensor:
-        return errors @ self.z
+        return torch.from_numpy(errors.numpy() @ self.z.numpy())  # for a few errors twice as fast as torch
 
-    def minimise(self, labels: Labels, state: Any) -> Fitted:
-        found: list[DualOptimum] = []
-        for number, penalty in enumerate(labels.penalty[0].tolist()):
-            problem = Problem(
-                y=labels.targets[0, number, 0].numpy(),
-                weights=labels.weights[0, number].numpy(),
-                penalty=penalty,
+    def minimise(self, labels: Sequence[Labels], state: Any) -> tuple[list[Fitted], Any]:
+        """Return the optima, the penalties of each label vector one after the other."""
+        last: list[DualOptimum | None] = state or [None] * labels[0].targets.shape[1]
+        found = [self._follow(labels, number, start) for number, start in enumerate(last)]  # [L][P]
+        optima = list(zip(*found, strict=True))  # [P][L]
+        a = torch.from_numpy(np.array([[optimum.at.a for optimum in some] for some in optima]))
+        w = self.backward(a.flatten(0, 1)).unflatten(0, a.shape[:2])  # [P, L, D]
+        fitted = [
+            Fitted(
+                w=w[at][None, :, None],
+                intercept=w.new_tensor([optimum.at.b for optimum in some])[None, :, None],
+                n_steps=torch.tensor([[optimum.n_steps for optimum in some]]),
             )
-            found.append(self.newton.minimise(problem, state and state[number]))
-        return Fitted(
-            w=self.backward(torch.from_numpy(np.stack([optimum.a for optimum in found]))[None])[:, :, None],
-            intercept=self.z.new_tensor([optimum.b for optimum in found])[None, :, None],
-            n_steps=torch.tensor([[optimum.n_steps for optimum in found]]),
-            state=found,
-        )
+            for at, some in enumerate(optima)
+        ]
+        return fitted, list(optima[-1])
+
+    def _follow(self, labels: Sequence[Labels], number: int, last: DualOptimum | None) -> list[DualOptimum]:
+        """Return the optima of one label vector, one penalty after the other."""
+        found = []
+        for some in labels:
+            problem = Problem(
+                y=some.targets[0, number, 0].numpy(),
+                weights=some.weights[0, number].numpy(),
+                penalty=float(some.penalty[0, number]),
+            )
+            last = self.newton.minimise(problem, last)
+            found.append(last)
+        return found
 
 
 class _Coordinates(OrthogonalFeatures):

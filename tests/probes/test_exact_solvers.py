@@ -11,7 +11,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from mmextract.probes import cholesky, newton
+from mmextract.probes import batches, cholesky, newton
 from mmextract.probes.batches import make_batches
 from mmextract.probes.dual import DualSolver
 from mmextract.probes.primal import PrimalSolver
@@ -269,14 +269,70 @@ def test_old_factors_and_new_ones_lead_to_the_same_optimum(
     check(x, job, solutions)
 
 
+@pytest.mark.parametrize(
+    "penalties", [(10.0, 1e-3, 0.1), (1.0, 1.0, 1.0), (1e-6, 1e6), (1e3, 0.9e3)], ids=str
+)
+@pytest.mark.parametrize("shape", ["wide", "separable", "duplicated samples", "three samples"])
+def test_penalties_come_in_any_order(shape: str, penalties: tuple[float, ...]) -> None:
+    x, y = SHAPES[shape]()
+    job = everything(y, penalties)
+    (solutions,) = DualSolver().solve(x, [job])
+    assert [solution.penalty for solution in solutions] == list(penalties)
+    for solution in solutions:
+        ((alone,),) = DualSolver().solve(x, [everything(y, (solution.penalty,))])
+        assert solution.converged
+        np.testing.assert_allclose(solution.decide(x), alone.decide(x), rtol=1e-5, atol=1e-6)
+
+
+def test_an_optimum_is_followed_to_the_next_penalty() -> None:
+    x, y = mixed(200, 400)
+    z = x - x.mean(0)
+    search = cholesky.GramNewton(z @ z.T)
+
+    def optimum(penalty: float, start: cholesky.DualOptimum | None = None) -> cholesky.DualOptimum:
+        problem = cholesky.Problem(y=y.astype(np.float64), weights=np.ones(len(y)), penalty=penalty)
+        return search.minimise(problem, start)
+
+    def size(penalty: float) -> float:  # for which the features count as much as in every other test
+        return penalty / float(np.square(z).sum(1).mean())
+
+    first = optimum(size(10.0))
+    near = optimum(size(10.0 * 1.0001), first)
+    assert near.chord is not None
+    problem = cholesky.Problem(y=y.astype(np.float64), weights=np.ones(len(y)), penalty=near.penalty)
+    guesses = cholesky._Search(search, problem, first)._guess(first)
+    tangent = (guesses[1].a - first.at.a) / np.log(near.penalty / first.penalty)
+    np.testing.assert_allclose(tangent, near.chord.a, atol=0.02 * np.abs(near.chord.a).max())
+    second = optimum(size(30.0), first)
+    followed, cold = optimum(size(90.0), second), optimum(size(90.0))
+    np.testing.assert_allclose(followed.at.a, cold.at.a, atol=1e-9 * size(90.0))
+    assert followed.n_steps < cold.n_steps
+
+
+@both
+def test_more_penalties_than_are_measured_together_give_the_same(
+    solver: Solver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = mixed(40, 60)
+    rng = np.random.default_rng(0)
+    jobs = [everything(rng.permutation(y), tuple(10.0 ** np.arange(-4.0, 3))) for _ in range(3)]
+    together = list(solver.solve(x, jobs))  # 3 × 7 logits
+    monkeypatch.setattr(batches, "MEASURED_COLUMNS", 1)
+    for job, some, others in zip(jobs, together, solver.solve(x, jobs), strict=True):
+        check(x, job, some)
+        for one, other in zip(some, others, strict=True):
+            assert abs(one.residual - other.residual) <= 1e-10
+            np.testing.assert_allclose(one.coefficients, other.coefficients, rtol=1e-6, atol=1e-12)
+
+
 def test_labels_share_their_rows_and_batches_stay_within_their_size() -> None:
     y = np.arange(12) % 2
     jobs = [
         Job(rows=np.arange(m), y=labels[:m], penalties=(1.0,)) for m in (8, 12, 10) for labels in (y, 1 - y)
     ]
-    batches = list(make_batches(jobs, lambda row_set: len(row_set.rows), 20))
-    assert [[len(row_set.rows) for row_set in batch] for batch in batches] == [[8, 10], [12]]
-    assert [row_set.jobs for batch in batches for row_set in batch] == [(0, 1), (4, 5), (2, 3)]
+    made = list(make_batches(jobs, lambda row_set: len(row_set.rows), 20))
+    assert [[len(row_set.rows) for row_set in batch] for batch in made] == [[8, 10], [12]]
+    assert [row_set.jobs for batch in made for row_set in batch] == [(0, 1), (4, 5), (2, 3)]
 
 
 @both
