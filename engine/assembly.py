@@ -6,7 +6,6 @@ This module knows nothing about models or images.
 from __future__ import annotations
 
 import queue
-import threading
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +22,11 @@ from mmextract.engine.allocation import keep_freed_memory
 from mmextract.engine.writer import StoreWriter
 
 WRITERS = 3
-"""Shards that are on their way at the same time: one is encoded, by all threads, while others wait for the disk."""
+"""Shards that are on their way at the same time: one is encoded, by all threads, while others wait for the disk.
+
+Chunks are encoded in the order in which shards were filled, so that where there are more chunks than threads no two
+shards are ready for the disk at once.
+"""
 
 BUFFERS = 3
 """Shards in memory; then one waits until another has been read: to touch fresh memory costs as much as to encode."""
@@ -68,7 +71,6 @@ class Assembler:
         self._on_progress = on_progress
         self._open: dict[int, _Open] = {}
         self._writing: deque[Future[int]] = deque()
-        self._encoding = threading.Lock()
         self._free: queue.SimpleQueue[NDArray[Any]] = queue.SimpleQueue()
         self._n_buffers = 0
         self._pool = ThreadPoolExecutor(WRITERS, "mmextract-shards")
@@ -102,20 +104,18 @@ class Assembler:
             self._fill(shard, done, states)
         shard.n_left -= len(done.rows)
         if shard.n_left == 0:
-            del self._open[done.shard]
-            self._write(done.shard, shard)
+            self._write(done.shard)
         self._on_progress(len(done.rows))
 
-    def _write(self, index: int, shard: _Open) -> None:
+    def _write(self, index: int) -> None:
         while self._writing and (len(self._writing) >= WRITERS or self._writing[0].done()):
             self._finish_one()  # bounds the memory, and raises soon what went wrong
-        self._writing.append(self._pool.submit(self._encode_and_commit, index, shard))
+        self._writing.append(self._pool.submit(self._encode_and_commit, index, self._open.pop(index)))
 
     def _encode_and_commit(self, index: int, shard: _Open) -> int:
         with ExitStack() as in_use:
             in_use.callback(self._free.put, shard.states)
-            with self._encoding:  # not two at once, which would then wait for the disk at once
-                encoded = self._writer.encode(shard.states, shard.records, shard.rejected)
+            encoded = self._writer.encode(shard.states, shard.records, shard.rejected)
             if self._writer.layout.codec != "none":  # otherwise what is written are views of the states
                 in_use.close()
             return self._writer.commit(index, encoded, on_read=in_use.close)

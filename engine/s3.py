@@ -171,9 +171,10 @@ class S3Objects:
         self, objects: Mapping[str, Sequence[Buffer]], on_read: Callable[[], None] = lambda: None
     ) -> None:
         """Write several objects, one after the other."""
-        for key, parts in objects.items():
+        for number, (key, parts) in enumerate(objects.items()):
             self.put(key, parts)
-        on_read()
+            if number == 0:
+                on_read()
 
     def get(self, key: str) -> bytes | None:
         """Return the bytes under `key`, or None if S3 says that there is no such object."""

@@ -165,7 +165,7 @@ def _solve_batch(
         for penalty in np.moveaxis(penalties, 2, 0)  # [F, L]
     ]
     found: dict[int, list[Solution]] = {number: [] for row_set in batch for number in row_set.jobs}
-    together = max(1, MEASURED_COLUMNS // (targets.shape[1] * targets.shape[2]))
+    together = _count_together(targets.shape[1] * targets.shape[2])
     state = None
     for first in range(0, len(labels), together):
         some = labels[first : first + together]
@@ -212,6 +212,11 @@ def standardise(samples: Tensor, scale: bool) -> tuple[Tensor, Tensor]:
     return mean, divisor
 
 
+def _count_together(n_columns: int) -> int:
+    """Return how many penalties, of n_columns logits a sample, are measured together: within LIVE_LOGITS of them."""
+    return max(1, min(MEASURED_COLUMNS // n_columns, LIVE_LOGITS // 2 - 1))
+
+
 def find_scale(mean: Tensor, variance: Tensor, n_rows: Tensor | float) -> Tensor:
     """Return the standard deviation, or 1 of a feature that is constant up to rounding.
 
@@ -241,13 +246,10 @@ def _measure(features: Features, labels: Sequence[Labels], optima: Sequence[Fitt
     """Yield the KKT residuals, [F, L], in the features themselves (see `solvers.kkt_residual`)."""
     shape = (len(optima), *optima[0].w.shape[1:3])
     logits = features.forward(torch.cat([fitted.w.flatten(1, 2) for fitted in optima], 1)).unflatten(1, shape)
-    errors = torch.stack(
-        [
-            one.strength * (one.probabilities(logits[:, at] + fitted.intercept[..., None]) - one.targets)
-            for at, (one, fitted) in enumerate(zip(labels, optima, strict=True))
-        ],
-        1,
-    )  # [F, P, L, c, m]
+    errors = torch.empty_like(logits)  # [F, P, L, c, m]
+    for at, (one, fitted) in enumerate(zip(labels, optima, strict=True)):
+        wrong = one.probabilities(logits[:, at] + fitted.intercept[..., None]) - one.targets
+        errors[:, at] = one.strength * wrong
     slopes = features.backward(errors.flatten(1, 3)).unflatten(1, shape)
     for at, (one, fitted) in enumerate(zip(labels, optima, strict=True)):
         slope, total = fitted.w + slopes[:, at], errors[:, at].sum(3)

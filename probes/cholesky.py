@@ -42,7 +42,7 @@ LEAST_CURVATURE = 1e-9
 """Least p(1 − p) of a sample, so that it can be divided by; saturated samples count as little as that."""
 
 BENDS = (0.5, 1.0)
-"""Shares of the bend that a parabola has through both optima, along the tangent; the whole often goes too far."""
+"""Shares of the bend of the parabola through two optima along the second one's tangent; all of it is often too much."""
 
 TANGENT_ERROR = 0.01
 """Relative error of a tangent."""
@@ -87,6 +87,16 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Chord:
+    """What changed between two optima."""
+
+    slope: Point
+    """A unit of log C."""
+    way: float
+    """Change of log C; not 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DualOptimum:
     """Where the minimiser stopped."""
 
@@ -95,8 +105,8 @@ class DualOptimum:
     """C."""
     n_steps: int
     """Newton steps taken."""
-    chord: Point | None
-    """d at/d log C, on average since the optimum of another penalty from which this one was searched."""
+    chord: Chord | None
+    """From the optimum of another penalty, where the search for this one began."""
 
 
 class GramNewton:
@@ -150,7 +160,8 @@ class _Factor:
 
     matrix: NDArray[Any]
     gain: float = np.inf
-    """Logarithm by which an iteration shrank the residual, on average, when it was used last."""
+    """Logarithm by which an iteration shrank the residual when it was used last: what was asked for, over their number.
+    Infinite if it was not used yet, or needed none."""
 
     def expect(self, forcing: float) -> float:
         """Return about how many iterations make the residual so small."""
@@ -173,7 +184,8 @@ class _Search:
         self.unit = problem.penalty * len(problem.y)  # what residuals are measured in
         self.factor: _Factor | None = None
         guesses = [_cold(problem)] if start is None else self._guess(start)
-        self.at: Point = min(guesses, key=self._objective)
+        lowest: Point = min(guesses, key=self._objective)
+        self.at = replace(lowest, image=newton.times(lowest.a))  # without the rounding errors of steps so far
 
     def run(self) -> DualOptimum:
         last = np.inf
@@ -197,7 +209,7 @@ class _Search:
     def _guess(self, start: DualOptimum) -> list[Point]:
         """Return where the optimum may be, from that of another penalty and the last factor that was made."""
         guesses = [start.at]
-        if self.newton.factor is None:
+        if self.newton.factor is None or start.penalty == self.problem.penalty:
             return guesses
         root, _ = _weigh(replace(self.problem, penalty=start.penalty), start.at)
         system = _System(newton=self.newton, root=root, right=start.at.a / root, total=0.0)
@@ -207,16 +219,18 @@ class _Search:
             ahead = start.at.moved(tangent, way)
             guesses.append(ahead)
             if start.chord is not None:
-                bend = tangent.moved(start.chord, -1)
-                guesses += [ahead.moved(bend, share * way) for share in BENDS]
+                bend = tangent.moved(start.chord.slope, -1)
+                guesses += [ahead.moved(bend, share * way * way / start.chord.way) for share in BENDS]
         return guesses
 
-    def _find_chord(self) -> Point | None:
-        if self.start is None or self.start.penalty == self.problem.penalty:
+    def _find_chord(self) -> Chord | None:
+        if self.start is None:
             return None
+        if self.start.penalty == self.problem.penalty:
+            return self.start.chord
         change = self.at.moved(self.start.at, -1)
         way = float(np.log(self.problem.penalty / self.start.penalty))
-        return Point(a=change.a / way, image=change.image / way, b=change.b / way)
+        return Chord(slope=Point(a=change.a / way, image=change.image / way, b=change.b / way), way=way)
 
     def _solve(self, root: FloatArray, r: FloatArray, forcing: float) -> Point:
         """Return Newton's step, to a relative error of `forcing`."""

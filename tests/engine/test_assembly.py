@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
@@ -16,6 +16,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from mmextract.engine import direct, files
 from mmextract.engine.assembly import BUFFERS, Assembler, Done
 from mmextract.engine.layout import Layout
 from mmextract.engine.store import open_store
@@ -43,6 +44,17 @@ def layout(codec: str) -> Counting:
     return found
 
 
+def finished(rows: Sequence[int]) -> Done:
+    """Return what is known of rows of one shard."""
+    return Done(
+        shard=rows[0] // S,
+        rows=tuple(row % S for row in rows),
+        records=tuple({"n_tokens": row} for row in rows),
+        nonfinite=torch.zeros(len(rows), 2, dtype=torch.int64),
+        overflow=torch.zeros(len(rows), dtype=torch.int64),
+    )
+
+
 def assemble(path: Path, codec: str, order: Sequence[int]) -> Counting:
     """Write the rows one by one, in that order."""
     chosen = layout(codec)
@@ -51,14 +63,7 @@ def assemble(path: Path, codec: str, order: Sequence[int]) -> Counting:
         writer = open_writer(path, chosen, columns, {"run": {}}, executor)
         with Assembler(writer, lambda n_rows: None) as assembler:
             for row in order:
-                done = Done(
-                    shard=row // S,
-                    rows=(row % S,),
-                    records=({"n_tokens": row},),
-                    nonfinite=torch.zeros(1, 2, dtype=torch.int64),
-                    overflow=torch.zeros(1, dtype=torch.int64),
-                )
-                assembler.consume(done, STATES[row : row + 1])
+                assembler.consume(finished([row]), STATES[row : row + 1])
         writer.finalise()
     return chosen
 
@@ -90,22 +95,39 @@ def test_a_slow_disk_does_not_fill_the_memory(
 
     monkeypatch.setattr(StoreWriter, "commit", commit_slowly)
     assert len(assemble(tmp_path / "a.zarr", codec, range(len(STATES))).made) <= BUFFERS
+    assert np.array_equal(open_store(tmp_path / "a.zarr").hidden_states[:], STATES.numpy())
 
 
+@pytest.mark.parametrize("stage", ("encode", "commit"))
 @pytest.mark.parametrize("codec", ("lz4", "none"))
 def test_what_goes_wrong_with_a_shard_is_raised(
-    tmp_path: Path, codec: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, codec: str, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[int] = []
 
-    def fail(self: StoreWriter, shard: int, encoded: Mapping[str, Any], on_read: Callable[[], None]) -> int:
-        tried.append(shard)
+    def fail(*arguments: object, **options: object) -> int:
+        tried.append(1)
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(StoreWriter, "commit", fail)
+    monkeypatch.setattr(StoreWriter, stage, fail)
     with pytest.raises(OSError, match="the disk is gone"):
         assemble(tmp_path / "a.zarr", codec, range(len(STATES)))
     assert len(tried) < N_SHARDS  # it did not go on to the end
+
+
+def test_what_went_wrong_is_raised_by_the_next_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> int:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(StoreWriter, "commit", fail)
+    columns = {"sample": [str(row) for row in range(len(STATES))]}
+    with ThreadPoolExecutor(2) as executor:
+        writer = open_writer(tmp_path / "a.zarr", layout("lz4"), columns, {"run": {}}, executor)
+        with pytest.raises(OSError, match="the disk is gone"), Assembler(writer, lambda n: None) as assembler:
+            assembler.consume(finished(range(S)), STATES[:S])
+            wait(assembler._writing)
+            assembler.consume(finished(range(S, 2 * S)), STATES[S : 2 * S])
+            pytest.fail("the second shard was taken")
 
 
 def test_memory_is_used_again_while_what_it_held_is_flushed(
@@ -114,10 +136,16 @@ def test_memory_is_used_again_while_what_it_held_is_flushed(
     flushed = threading.Event()
     fsync, begun = os.fsync, Assembler._begin
 
+    def of_a_shard() -> bool:
+        return threading.current_thread().name.startswith("mmextract-shards")
+
+    def write_late(file: Any, parts: Any) -> None:
+        if of_a_shard():
+            time.sleep(0.02)  # time for others to overwrite what is not written yet
+        direct.write(file, parts)
+
     def flush_late(descriptor: int) -> None:
-        if S_ISREG(os.fstat(descriptor).st_mode) and threading.current_thread().name.startswith(
-            "mmextract-shards"
-        ):
+        if of_a_shard() and S_ISREG(os.fstat(descriptor).st_mode):
             assert flushed.wait(60), "nothing was begun while the first shards were flushed"
         fsync(descriptor)
 
@@ -127,6 +155,7 @@ def test_memory_is_used_again_while_what_it_held_is_flushed(
             flushed.set()
         return found
 
+    monkeypatch.setattr(files, "write", write_late)
     monkeypatch.setattr(os, "fsync", flush_late)
     monkeypatch.setattr(Assembler, "_begin", begin)
     chosen = assemble(tmp_path / "a.zarr", "none", range(len(STATES)))

@@ -297,16 +297,32 @@ def test_an_optimum_is_followed_to_the_next_penalty() -> None:
         return penalty / float(np.square(z).sum(1).mean())
 
     first = optimum(size(10.0))
+
+    def guess(penalty: float, start: cholesky.DualOptimum) -> tuple[list[cholesky.Point], list[float]]:
+        problem = cholesky.Problem(y=y.astype(np.float64), weights=np.ones(len(y)), penalty=penalty)
+        attempt = cholesky._Search(search, problem, start)
+        guesses = attempt._guess(start)
+        for point in guesses:
+            np.testing.assert_allclose(point.image, search.gram @ point.a, atol=1e-9)
+            assert abs(point.a.sum()) < 1e-9 * np.abs(point.a).sum()
+        return guesses, [attempt._objective(point) for point in guesses]
+
+    first = optimum(size(10.0))
     near = optimum(size(10.0 * 1.0001), first)
     assert near.chord is not None
-    problem = cholesky.Problem(y=y.astype(np.float64), weights=np.ones(len(y)), penalty=near.penalty)
-    guesses = cholesky._Search(search, problem, first)._guess(first)
-    tangent = (guesses[1].a - first.at.a) / np.log(near.penalty / first.penalty)
-    np.testing.assert_allclose(tangent, near.chord.a, atol=0.02 * np.abs(near.chord.a).max())
-    second = optimum(size(30.0), first)
-    followed, cold = optimum(size(90.0), second), optimum(size(90.0))
-    np.testing.assert_allclose(followed.at.a, cold.at.a, atol=1e-9 * size(90.0))
-    assert followed.n_steps < cold.n_steps
+    guesses, _ = guess(near.penalty, first)
+    tangent = first.at.moved(guesses[1], -1)
+    slope = near.chord.slope
+    np.testing.assert_allclose(-tangent.a / near.chord.way, slope.a, atol=0.02 * np.abs(slope.a).max())
+    assert -tangent.b / near.chord.way == pytest.approx(slope.b, rel=0.02)
+    # steps that are shorter and longer than the last one, and back
+    for penalty in (60.0, 90.0, 200.0, 20.0, 15.0):
+        second = optimum(size(30.0), first)  # anew, as its factor is used
+        guesses, objectives = guess(size(penalty), second)
+        assert len(guesses) == 4 and objectives[0] > objectives[1] > min(objectives[2:])
+        followed, cold = optimum(size(penalty), second), optimum(size(penalty))
+        np.testing.assert_allclose(followed.at.a, cold.at.a, atol=1e-9 * size(penalty))
+        assert followed.n_steps < cold.n_steps
 
 
 @both
@@ -321,8 +337,21 @@ def test_more_penalties_than_are_measured_together_give_the_same(
     for job, some, others in zip(jobs, together, solver.solve(x, jobs), strict=True):
         check(x, job, some)
         for one, other in zip(some, others, strict=True):
-            assert abs(one.residual - other.residual) <= 1e-10
             np.testing.assert_allclose(one.coefficients, other.coefficients, rtol=1e-6, atol=1e-12)
+
+
+@both
+def test_each_penalty_has_its_own_residual(solver: Solver, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = mixed(40, 60)
+    monkeypatch.setattr(newton, "MOST_STEPS", 1)  # so that there is one to speak of
+    monkeypatch.setattr(cholesky, "MOST_STEPS", 1)
+    scaler = StandardScaler().fit(x)
+    (solutions,) = solver.solve(x, [everything(y, (1e-3, 0.1, 10.0, 100.0))])
+    for solution in solutions:
+        weights = solution.coefficients * scaler.scale_[:, None]
+        shifted = solution.intercept + scaler.mean_ @ solution.coefficients
+        residual = kkt_residual(scaler.transform(x), y, solution.penalty, weights, shifted)
+        assert residual > 1e-6 and solution.residual == pytest.approx(residual, rel=1e-6)
 
 
 def test_labels_share_their_rows_and_batches_stay_within_their_size() -> None:
