@@ -168,7 +168,7 @@ def main() -> None:
     """Measure everything and print ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--states", default="smollm2", choices=("smollm2", "easyvqa"), help="whose states")
-    parser.add_argument("--vectors", type=int, default=20_000, help="samples, each a token's states")
+    parser.add_argument("--vectors", type=int, default=40_000, help="samples, each a token's states")
     parser.add_argument("--samples", type=int, default=100_000, help="samples of the run with a stub model")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
