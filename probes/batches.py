@@ -191,25 +191,29 @@ def _solve_batch(
     return found
 
 
-def standardise(samples: Tensor, scale: bool) -> tuple[Tensor, Tensor]:
-    """Centre samples [m, D] in place, and divide them by their standard deviation if they are to be scaled.
+def standardise(states: Tensor, rows: Tensor, scale: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return states[rows] [m, D] about their mean, and over their standard deviation if they are to be scaled.
 
-    Returns their mean [D] and what they were divided by [D], ones if they were not; see `find_scale`.
+    Returns the mean [D] and what they were divided by [D] too, ones if they were not; see `find_scale`.
     """
-    parts = samples.split(max(1, CACHED[samples.device.type] // samples.shape[1]))
-    zero = samples.new_zeros(samples.shape[1])
-    mean = sum((part.sum(0) for part in parts), zero) / len(samples)
-    squares = zero.clone()
+    samples = states.new_empty(len(rows), states.shape[1])
+    size = max(1, CACHED[states.device.type] // states.shape[1])
+    parts = samples.split(size)
+    mean, squares = states.new_zeros(2, states.shape[1])
+    for part, some in zip(parts, rows.split(size), strict=True):
+        torch.index_select(states, 0, some, out=part)
+        mean += part.sum(0)
+    mean /= len(rows)
     for part in parts:
         part.sub_(mean)
         if scale:
             squares += part.square().sum(0)
     if not scale:
-        return mean, torch.ones_like(mean)
-    divisor = find_scale(mean, squares / len(samples), len(samples))
+        return samples, mean, torch.ones_like(mean)
+    divisor = find_scale(mean, squares / len(rows), len(rows))
     for part in parts:
         part.div_(divisor)
-    return mean, divisor
+    return samples, mean, divisor
 
 
 def _count_together(n_columns: int) -> int:

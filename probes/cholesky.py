@@ -304,18 +304,23 @@ class _System:
         residual = self.right - u - root * image - shift * root
         target = forcing * np.linalg.norm(root * self.right)
         direction, length = np.zeros_like(u), 1.0
+        squares = root**2
         for number in range(most + 1):
+            rest = root * residual
+            level = float(squares @ rest) / float(
+                squares @ squares
+            )  # the change of shift that leaves least of it
+            if np.linalg.norm(rest - level * squares) <= target or number == MOST_ITERATIONS:
+                factor.gain = -float(np.log(forcing)) / number if number else np.inf
+                return Point(a=root * u, image=image, b=shift + level)
+            if number == most:
+                return None
             scaled = factor.solve(residual)
             level = float(root @ scaled) / norm
             scaled -= level * border
             residual -= level * root
             shift += level
             new = float(residual @ scaled)
-            if np.linalg.norm(root * residual) <= target or number == MOST_ITERATIONS:
-                factor.gain = -float(np.log(forcing)) / number if number else np.inf
-                return Point(a=root * u, image=image, b=shift)
-            if number == most:
-                return None
             direction = scaled + (new / length if number else 0.0) * direction
             reach = self.newton.times(root * direction)
             product = direction + root * reach

@@ -45,8 +45,8 @@ holds, or a GPU."""
 FEW_LABELS = 3
 """Binary label vectors of a training set up to which `cholesky` is the faster one on a processor.
 
-Processor ms a fit on one core, 400 samples × 1500 features, five C: of 1, 4, 8, 16 labels 12, 10, 8.4, 7.8 with
-`cholesky`, 24, 9.1, 4.6, 2.8 with eigenvectors (`benchmarks/bench_probe.py`).
+Processor ms a fit on one core, 800 samples × 3584 features, five C: of 1, 4, 8, 16 labels 25, 19, 19, 20 with
+`cholesky`, 48, 16, 9.8, 6.4 with eigenvectors (`benchmarks/bench_probe.py`).
 """
 
 
@@ -87,8 +87,7 @@ class _Samples:
 
     def __init__(self, states: Tensor, row_set: RowSet, gram: Tensor | None) -> None:
         rows = torch.from_numpy(row_set.rows).to(states.device)
-        self.z = states[rows]  # [m, D]
-        self.center, self.scale = standardise(self.z, row_set.scale)
+        self.z, self.center, self.scale = standardise(states, rows, row_set.scale)
         self.gram = _multiply(self.z) if row_set.scale else _center(gram, rows)
 
 
