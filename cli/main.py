@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 finished with rejected samples, 130 int
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import tomllib
@@ -33,6 +34,10 @@ FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
 SECONDS_FOR_SERVERS = 3.0
 """How long a command that is asked to leave waits for servers yet, to end what it has begun."""
+
+SECONDS_TO_LEAVE = 8
+"""How long it may take to leave. A signal may come while this thread takes a lock, which then nobody can take any more,
+and whoever waits for it waits for ever. What is written survives a kill at any moment, so it may as well be one."""
 
 
 def _load_config(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:
@@ -84,7 +89,16 @@ for command in (
 
 def _stop(signal_number: int, frame: FrameType | None) -> NoReturn:
     REQUESTS.leave_within(SECONDS_FOR_SERVERS)
+    signal.signal(signal.SIGALRM, _leave)
+    signal.alarm(SECONDS_TO_LEAVE)
     raise KeyboardInterrupt
+
+
+def _leave(signal_number: int, frame: FrameType | None) -> NoReturn:
+    os.write(
+        2, b"Interrupted, and stopped waiting for its threads. Run the same command again to continue.\n"
+    )
+    os._exit(INTERRUPTED)
 
 
 def main() -> NoReturn:

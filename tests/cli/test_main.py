@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,3 +60,34 @@ def test_doctor_says_what_would_be_used_and_why(run: Run) -> None:
     assert ran.code == 0
     for word in ("torch", "transformers", "cpu", "dump runs on", "probes"):
         assert word in ran.out
+
+
+STUCK = """
+import threading, time
+from mmextract.cli import main
+
+main.SECONDS_TO_LEAVE = 1
+
+@main.group.command()
+def stuck():
+    lock = threading.Lock()
+    lock.acquire()
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        lock.acquire()  # as after a signal that came while the lock was being taken
+
+main.main()
+"""
+
+
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_leaves_even_if_a_lock_was_never_given_back(asked: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK, "stuck"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(asked)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Run the same command again to continue." in said

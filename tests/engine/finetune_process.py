@@ -40,9 +40,14 @@ from mmextract.engine import (  # noqa: E402  (only now is it found)
 )
 from tests.engine import finetune_cases  # noqa: E402
 
+STEPS = 12
+
 
 def train(model: Path, data: Path, out: Path, kill_at: tuple[int, float] | None) -> int:
-    """Train; `kill_at` is the step, and the seconds behind it, at which the process dies. Returns where it began."""
+    """Train; `kill_at` is the step, and the seconds behind it, at which the process dies.
+
+    Returns where it began, STEPS if the run before was killed when it had written everything.
+    """
     begun: list[int] = []
 
     def advance(n_steps: int) -> None:
@@ -52,9 +57,9 @@ def train(model: Path, data: Path, out: Path, kill_at: tuple[int, float] | None)
 
     marking = rows.RandomMarking(spec=finetune_cases.LOOK, identities=finetune_cases.people(), rate=0.5)
     examples = finetune_rows.make_examples(samples.read_samples(data), marking)
-    spec = finetune_cases.spec(model, steps=12, checkpoint_steps=1, dropout=0.3)
+    spec = finetune_cases.spec(model, steps=STEPS, checkpoint_steps=1, dropout=0.3)
     finetune.run_finetune(spec, examples, out, on_progress=advance)
-    return begun[0]
+    return begun[0] if begun else STEPS
 
 
 def fork(model: Path, data: Path, out: Path, kill_at: tuple[int, float] | None) -> tuple[int, int | None]:
@@ -68,7 +73,9 @@ def fork(model: Path, data: Path, out: Path, kill_at: tuple[int, float] | None) 
     with os.fdopen(reading) as pipe:
         said = pipe.read()
     _, status = os.waitpid(child, 0)
-    return (os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0), int(said) if said else None
+    code = os.waitstatus_to_exitcode(status)
+    assert code <= 0, f"a fine-tune failed with {code}"
+    return -code, int(said) if said else None
 
 
 def main(model: Path, data: Path, folder: Path, seed: int, n_kills: int) -> None:
