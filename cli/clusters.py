@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import rich_click as click
 
 from mmextract.cli.reporting import note
+from mmextract.engine.cluster import PATIENCE
 
 if TYPE_CHECKING:
     from distributed import Client, WorkerPlugin
@@ -26,12 +27,19 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 SECONDS_TO_CONNECT = 8.0
-SECONDS_TO_WAIT = 120.0
-"""How long a scheduler may have no workers: they may still be queueing, but somebody should hear of it."""
 
 
 def scheduler_options(command: Command) -> Command:
-    """Add the options that name a scheduler."""
+    """Add the options that name a scheduler, and say how long its workers are waited for."""
+    command = click.option(
+        "--wait-for-workers",
+        "patience",
+        type=click.FloatRange(min=0, min_open=True),
+        default=PATIENCE,
+        show_default=True,
+        metavar="SECONDS",
+        help="How long the cluster may be without workers: their jobs may still be queueing.",
+    )(command)
     command = click.option(
         "--scheduler-file",
         type=click.Path(path_type=Path, dir_okay=False),
@@ -41,17 +49,17 @@ def scheduler_options(command: Command) -> Command:
 
 
 @contextmanager
-def connect(scheduler: str | None, scheduler_file: Path | None) -> Iterator[Client]:
+def connect(scheduler: str | None, scheduler_file: Path | None, patience: float) -> Iterator[Client]:
     """Connect to a scheduler that has workers.
 
-    Raises OSError if there is none, or none with workers, within a time; ValueError for an address or a file that
-    is none; WorkerMismatchError, naming workers and packages, if versions differ.
+    Raises OSError if there is none, or if it has no workers for `patience` seconds; ValueError for an address or a file
+    that is none; WorkerMismatchError, naming workers and packages, if versions differ.
     """
     if scheduler and scheduler_file:
         raise click.UsageError("give either --scheduler or --scheduler-file")
     address = scheduler or _read_address(scheduler_file)
     with _client(address) as client:
-        _wait_for_workers(client, address)
+        _wait_for_workers(client, address, patience)
         _check_versions(client)
         yield client
 
@@ -155,16 +163,16 @@ def _read_address(file: Path | None) -> str:
         raise ValueError(f"{file} is not a file that a dask scheduler wrote (it names no address)") from error
 
 
-def _wait_for_workers(client: Client, address: str) -> None:
+def _wait_for_workers(client: Client, address: str, patience: float) -> None:
     if client.scheduler_info(n_workers=0)["n_workers"]:
         return
     note(f"the scheduler at {address} has no workers yet; waiting for the first one")
     try:
-        client.wait_for_workers(1, timeout=SECONDS_TO_WAIT)
+        client.wait_for_workers(1, timeout=patience)
     except TimeoutError as error:
         raise OSError(
-            f"no worker came to the scheduler at {address} in {SECONDS_TO_WAIT:.0f} s: start some with "
-            f"`dask worker {address} --nthreads 1`"
+            f"no worker came to the scheduler at {address} in {patience:g} s: start some with "
+            f"`dask worker {address} --nthreads 1`, or wait longer for them (--wait-for-workers)"
         ) from error
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import rich_click as click
 
@@ -124,7 +124,7 @@ def dump(data: Path | None, output: str, dry_run: bool, **options: Any) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     as_json, where = options.pop("json"), _take_where(options)
-    spec, model = _read_spec(data, options.pop("model"), options, max(1, where[0] or 1))
+    spec, model = _read_spec(data, options.pop("model"), options, where.n_workers or 1)
     disable_progress_bar()  # transformers' own, of the weights
     note(f"{len(spec.dataset.samples)} samples from {spec.dataset.source}; loading {model}")
     with _computer(spec, where) as (plan, run):
@@ -139,10 +139,19 @@ def dump(data: Path | None, output: str, dry_run: bool, **options: Any) -> int:
     return exit_code(summary.rejected)
 
 
-def _take_where(options: dict[str, Any]) -> tuple[int | None, str | None, Path | None]:
-    """Return how many workers to start, or which scheduler to ask."""
-    where = tuple(options.pop(name) for name in ("workers", "scheduler", "scheduler_file"))
-    if sum(value is not None for value in where) > 1:
+class _Where(NamedTuple):
+    """On what a dump runs; on this process alone if none of the first three is given."""
+
+    n_workers: int | None
+    scheduler: str | None
+    scheduler_file: Path | None
+    patience: float
+    """Seconds that a cluster may be without workers."""
+
+
+def _take_where(options: dict[str, Any]) -> _Where:
+    where = _Where(*(options.pop(name) for name in ("workers", "scheduler", "scheduler_file", "patience")))
+    if sum(value is not None for value in where[:3]) > 1:
         raise click.UsageError("give only one of --workers, --scheduler and --scheduler-file")
     return where
 
@@ -181,11 +190,11 @@ def _read_spec(
 
 @contextmanager
 def _computer(
-    spec: DumpSpec, where: tuple[int | None, str | None, Path | None]
+    spec: DumpSpec, where: _Where
 ) -> Iterator[tuple[DumpPlan, Callable[[str, Callable[[int], None]], DumpSummary]]]:
     """Yield the plan, and what runs it: this process, processes of this machine, or a cluster that is there."""
-    workers, scheduler, scheduler_file = where
-    if where == (None, None, None):
+    n_workers, scheduler, scheduler_file, patience = where
+    if where[:3] == (None, None, None):
         from mmextract.engine.dump import plan_dump, run_dump
         from mmextract.engine.models import load
 
@@ -195,9 +204,13 @@ def _computer(
         return
     from mmextract.engine.distributed import plan_distributed, run_distributed
 
-    with start(workers, spec.model) if workers else connect(scheduler, scheduler_file) as client:
-        plan = plan_distributed(spec, client)
-        yield plan, lambda output, advance: run_distributed(plan, client, output, advance, note)
+    cluster = start(n_workers, spec.model) if n_workers else connect(scheduler, scheduler_file, patience)
+    with cluster as client:
+        plan = plan_distributed(spec, client, patience=patience)
+        yield (
+            plan,
+            lambda output, advance: run_distributed(plan, client, output, advance, note, patience=patience),
+        )
 
 
 def _note_preprocessing(plan: DumpPlan) -> None:

@@ -158,6 +158,7 @@ def probe(
     _refuse_fixed(context, options["preset"])
     as_json, compared, dry_run = options.pop("json"), options.pop("compare"), options.pop("dry_run")
     scheduler, scheduler_file = options.pop("scheduler"), options.pop("scheduler_file")
+    patience: float = options.pop("patience")
     positions, penalties = options.pop("position") or None, options.pop("c")
     wished = _read_description(options)
     labels = _read_labels(options.pop("label"))
@@ -168,7 +169,8 @@ def probe(
         **options,
     }
     on_cluster = scheduler or scheduler_file
-    with connect(scheduler, scheduler_file) if on_cluster else nullcontext() as client:
+    with connect(scheduler, scheduler_file, patience) if on_cluster else nullcontext() as client:
+        cluster: dict[str, Any] = {"client": client, "patience": patience}
         plans = [
             plan_probe(store, ProbeSettings(label=name, **chosen), compare_with=compared, client=client)
             for name in labels
@@ -183,13 +185,11 @@ def probe(
             return
         with progress_bar("probe", sum(len(plan.cells) for plan in plans), "probes") as advance:
             summaries = [
-                Summary(plan, run_probe(plan, workers=workers, client=client, on_progress=advance))
+                Summary(plan, run_probe(plan, workers=workers, **cluster, on_progress=advance))
                 for plan in plans
             ]
         descriptions = [
-            description.describe(
-                s.plan, wished, (s.best.layer, s.best.position), other=compared, client=client
-            )
+            description.describe(s.plan, wished, (s.best.layer, s.best.position), other=compared, **cluster)
             for s in summaries
         ]
     command = shlex.join(["mmextract", *sys.argv[1:]])

@@ -15,20 +15,16 @@ This module knows nothing about how a cluster is started or found.
 from __future__ import annotations
 
 import itertools
-import queue
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import dask
 import torch
-from distributed import Client, Future, KilledWorker
-from distributed.client import ClosedClientError
+from distributed import Client
 
+from mmextract.engine.cluster import PATIENCE, InFlight, describe_failure, installed, run_tasks
 from mmextract.engine.dump import (
     DumpPlan,
     DumpSpec,
@@ -64,15 +60,6 @@ RETRIES = 3
 MOST_FAILURES = 8
 """Failed shards after which a run gives up: what fails that often fails for all."""
 
-SECONDS_WITHOUT_WORKERS = 300.0
-"""How long a run waits for a worker when all have gone."""
-
-ATTEMPTS_TO_TELL = 5
-"""Times that something is told to all workers, which fails if one dies meanwhile."""
-
-SECONDS_TO_FETCH = 5.0
-"""How long the record of a shard that is done may take to arrive."""
-
 SECONDS_TO_SEE = 90.0
 """How long a commit of another machine may stay invisible: network file systems cache folders for up to a minute."""
 
@@ -84,20 +71,26 @@ class ShardsFailedError(ValueError):
     """Shards that could not be written, however often they were tried."""
 
 
-def plan_distributed(spec: DumpSpec, client: Client) -> DumpPlan:
-    """Plan a run as `dump.plan_dump` does, with the model of a worker: the client loads none."""
+def plan_distributed(spec: DumpSpec, client: Client, *, patience: float = PATIENCE) -> DumpPlan:
+    """Plan a run as `dump.plan_dump` does, with the model of a worker: the client loads none.
+
+    patience: seconds that the cluster may be without workers; then OSError is raised.
+    """
     spec = replace(spec, model=_absolute(spec.model))
-    facts: ModelFacts = _result(client.submit(facts_task, spec.model, pure=False))
+
+    def ask(function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> list[Any]:
+        with InFlight[int](client, patience=patience, retries=0) as tasks:
+            found = run_tasks(tasks, function, enumerate(arguments))
+        return [found[index] for index in sorted(found)]
+
+    facts: ModelFacts = ask(facts_task, [(spec.model,)])[0]
     if facts.torch_threads is not None:  # as many as this process would use, so that both give the same bytes
         facts = replace(facts, torch_threads=torch.get_num_threads())
 
     def measure(rows: Sequence[Row]) -> int:
         starts = range(0, len(rows), ROWS_TO_MEASURE)
-        tasks = (
-            client.submit(longest_task, spec.model, rows[at : at + ROWS_TO_MEASURE], pure=False)
-            for at in starts
-        )
-        return max(int(_result(future)) for future in tasks)
+        parts = ((spec.model, rows[at : at + ROWS_TO_MEASURE]) for at in starts)
+        return max(map(int, ask(longest_task, parts)))
 
     return make_plan(spec, facts, measure)
 
@@ -108,10 +101,13 @@ def run_distributed(
     place: str | Path | Objects,
     on_progress: Callable[[int], None] = lambda n_rows: None,
     on_notice: Callable[[str], None] = lambda text: None,
+    *,
+    patience: float = PATIENCE,
 ) -> DumpSummary:
     """Do as `dump.run_dump` does, on the workers of a cluster; they must see the store and the images by their paths.
 
-    on_notice is told what a user wants to know while the run goes on. Raises ShardsFailedError, once all other shards
+    on_notice is told what a user wants to know while the run goes on. patience: seconds that the cluster may be without
+    workers. Raises ShardsFailedError, once all other shards
     are written, for those that failed; WorkerMismatchError for a worker that would write other bytes; OSError if the
     scheduler, or all workers, are lost. Whatever stops it, a later call continues, with any number of workers.
     """
@@ -130,10 +126,12 @@ def run_distributed(
             torch_threads=find_torch_threads(writer),
             versions=find_versions(),
         )
+        plugin = JobPlugin(job)
         with (
-            _installed(client, JobPlugin(job)) as name,
-            _Run(client, name, held, on_progress, on_notice) as run,
+            installed(client, plugin, plugin.name),
+            InFlight[ShardRows](client, patience=patience, retries=RETRIES) as tasks,
         ):
+            run = _Run(tasks, plugin.name, held, on_progress, on_notice)
             written = run.write(map(plan.shard_rows, shards))
         _wait_until_visible(writer, plan.layout.n_shards)
         writer.sweep(set(range(plan.layout.n_shards)) - set(shards))  # after workers that were killed
@@ -147,161 +145,58 @@ class _Run:
 
     def __init__(
         self,
-        client: Client,
+        tasks: InFlight[ShardRows],
         plugin: str,
         held: Lease,
         on_progress: Callable[[int], None],
         on_notice: Callable[[str], None],
     ) -> None:
-        self._client = client
+        self._tasks = tasks
         self._plugin = plugin
         self._held = held
         self._on_progress = on_progress
         self._on_notice = on_notice
-        self._pending: dict[Future[Written], ShardRows] = {}
-        self._done: queue.Queue[Future[Written]] = queue.Queue()
         self._written = Written()
         self._failed: dict[int, BaseException] = {}
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for future in self._pending:
-            future.release()
-
     def write(self, shards: Iterator[ShardRows]) -> Written:
         """Have shards written. Raises ShardsFailedError for those that were not, when all others are."""
-        seen_worker = time.monotonic()
         while True:
-            n_workers = self._count_workers()
-            if n_workers:
-                seen_worker = time.monotonic()
-            elif time.monotonic() - seen_worker > SECONDS_WITHOUT_WORKERS:
-                raise OSError(
-                    f"no worker is left, and none came for {SECONDS_WITHOUT_WORKERS:.0f} s: start workers and run "
-                    "the same command again to continue"
-                )
-            room = PER_WORKER * max(1, n_workers) - len(self._pending)
+            room = PER_WORKER * max(1, self._tasks.count_workers()) - len(self._tasks)
             for work in itertools.islice(shards, max(0, room)):
-                self._submit(work)
-            if not self._pending:
+                self._tasks.submit(work, shard_task, self._plugin, work)
+            if not self._tasks:
                 break
-            for future in self._finished():
-                self._take(future)
+            for work, outcome in self._tasks.ended():
+                self._take(work, outcome)
             self._held.check()
         if self._failed:
             raise ShardsFailedError(self._explain())
         return self._written
 
-    def _count_workers(self) -> int:
-        try:
-            return int(self._client.scheduler_info(n_workers=0)["n_workers"])
-        except (OSError, TimeoutError, AttributeError, ClosedClientError) as error:  # no scheduler, or closed
-            raise _scheduler_lost() from error
-
-    def _submit(self, work: ShardRows) -> None:
-        future = self._client.submit(shard_task, self._plugin, work, pure=False, retries=RETRIES)
-        self._pending[future] = work
-        future.add_done_callback(self._done.put)
-
-    def _finished(self, seconds: float = 1.0) -> Iterable[Future[Written]]:
-        """Return what has ended by now, waiting for one at most so long."""
-        try:
-            ended = [self._done.get(timeout=seconds)]
-        except queue.Empty:
-            return []
-        while not self._done.empty():
-            ended.append(self._done.get_nowait())
-        return ended
-
-    def _take(self, future: Future[Written]) -> None:
-        work = self._pending[future]
-        if future.status == "cancelled":
-            raise _scheduler_lost()
-        if future.status == "error":
-            self._fail(work.shard, future.exception())
+    def _take(self, work: ShardRows, outcome: Written | BaseException) -> None:
+        if isinstance(outcome, BaseException):
+            self._fail(work.shard, outcome)
         else:
-            try:
-                self._written.add(future.result(timeout=SECONDS_TO_FETCH))
-            except TimeoutError:  # its worker died with the record, and dask has the shard written again
-                future.add_done_callback(self._done.put)
-                return
-            except CancelledError as error:
-                raise _scheduler_lost() from error
+            self._written.add(outcome)
             self._on_progress(len(work.rows))
-        del self._pending[future]
-        future.release()
 
     def _fail(self, shard: int, cause: BaseException) -> None:
         if isinstance(cause, WorkerMismatchError):
             raise cause
         self._failed[shard] = cause
-        self._on_notice(f"shard {shard} failed {RETRIES + 1} times and is left out: {_describe(cause)}")
+        self._on_notice(
+            f"shard {shard} failed {RETRIES + 1} times and is left out: {describe_failure(cause)}"
+        )
         if len(self._failed) >= MOST_FAILURES:
             raise ShardsFailedError(self._explain())
 
     def _explain(self) -> str:
-        lines = [f"shard {shard}: {_describe(cause)}" for shard, cause in sorted(self._failed.items())]
+        lines = [f"shard {shard}: {describe_failure(cause)}" for shard, cause in sorted(self._failed.items())]
         return (
             f"{len(lines)} shards could not be written; what is committed stays, and the same command again tries the "
             "others:\n  " + "\n  ".join(lines)
         )
-
-
-def _describe(cause: BaseException) -> str:
-    if isinstance(cause, KilledWorker):
-        return (
-            f"{cause.allowed_failures + 1} workers died one after the other while they had it, the last one "
-            f"{cause.last_worker.address}: the sample may end the process, its memory may not suffice, or somebody "
-            "kills workers; their logs say which"
-        )
-    return f"{type(cause).__name__}: {cause}"
-
-
-def _result(future: Future[Any]) -> Any:
-    try:
-        return future.result()
-    except (CancelledError, TimeoutError) as error:
-        raise _scheduler_lost() from error
-    except KilledWorker as error:
-        raise OSError(f"the model could not be loaded: {_describe(error)}") from error
-
-
-def _scheduler_lost() -> OSError:
-    return OSError(
-        "the connection to the scheduler was lost; what is committed stays: start a scheduler and run the same "
-        "command again to continue"
-    )
-
-
-@contextmanager
-def _installed(client: Client, plugin: JobPlugin) -> Iterator[str]:
-    """Have a plugin on all workers inside, those that come later too.
-
-    Leaving by an exception leaves it there: a worker that is stopped would not answer.
-    """
-    _tell_workers(client, lambda: client.register_plugin(plugin, name=plugin.name))
-    # a shard of small states has many rows
-    with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1GB"}):
-        yield plugin.name
-    _tell_workers(client, lambda: client.unregister_worker_plugin(plugin.name))
-
-
-def _tell_workers(client: Client, tell: Callable[[], object]) -> None:
-    """Call what is broadcast to all workers, again if one of them dies just then."""
-    for attempts_left in reversed(range(ATTEMPTS_TO_TELL)):
-        try:
-            tell()
-            return
-        except OSError as error:
-            if not attempts_left:
-                raise _scheduler_lost() from error
-            time.sleep(1)
-        except AttributeError as error:
-            if client.scheduler is not None:
-                raise
-            raise _scheduler_lost() from error  # it was lost before this began
 
 
 def _wait_until_visible(writer: StoreWriter, n_shards: int) -> None:

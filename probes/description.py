@@ -18,10 +18,12 @@ from dask.callbacks import Callback
 from dask.delayed import delayed
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
+from mmextract.engine.cluster import PATIENCE
 from mmextract.engine.store import open_store
 from mmextract.probes.blocks import read_rows
 from mmextract.probes.cka import MOST_SAMPLES, cka_between
 from mmextract.probes.design import Design
+from mmextract.probes.on_cluster import map_cells
 from mmextract.probes.projections import LEAST_SAMPLES, Projection, Wish, align_signs, project
 from mmextract.probes.results import MOST_POSITIONS, Cell
 from mmextract.probes.run import ProbePlan
@@ -139,12 +141,14 @@ def describe(
     *,
     other: str | Path | None = None,
     client: Client | None = None,
+    patience: float = PATIENCE,
     on_progress: Callable[[int], None] = lambda n_cells: None,
 ) -> Description:
     """Describe every layer and position of a plan. best: where the probes score highest. other: the store for CKA.
 
     Of more than `cka.MOST_SAMPLES` samples as many are drawn, with their whole groups where they have any. client: of
-    a cluster, which takes the tasks. on_progress is called with the number of tasks done since its last call.
+    a cluster, which takes the tasks. patience: seconds that it may be without workers. on_progress is called with the
+    number of tasks done since its last call.
     """
     design, samples, groups = _draw(plan)
     wishes = settings.projections if design.n_samples >= LEAST_SAMPLES else ()
@@ -154,7 +158,10 @@ def describe(
     store = plan.store if "://" in str(plan.store) else Path(plan.store).absolute()
     work = _Work(store, design, labellings, methods, settings.device)
     cells = [cell for cell in plan.cells if labellings or methods[cell]]
-    done = _run(work, cells, client, on_progress)
+    if client is not None:
+        done = map_cells(client, _describe_cell, work, cells, patience=patience, on_progress=on_progress)
+    else:
+        done = _run(work, cells, on_progress)
     rows = [_row(plan, design, cell, **vars(m)) for cell in cells for m in done[cell][0]]
     if other is not None and settings.separability:
         rows += _compare(plan, design, samples, other)
@@ -186,9 +193,7 @@ def _choose(wishes: Sequence[Wish], cell: Cell, best: Cell, plan: ProbePlan) -> 
 Found = tuple[list[Any], dict[str, Projection]]
 
 
-def _run(
-    work: _Work, cells: Sequence[Cell], client: Client | None, on_progress: Callable[[int], None]
-) -> dict[Cell, Found]:
+def _run(work: _Work, cells: Sequence[Cell], on_progress: Callable[[int], None]) -> dict[Cell, Found]:
     task = delayed(_describe_cell, pure=False)
     shared = delayed(work, pure=False, traverse=False)
     graph = [task(shared, *cell) for cell in cells]
@@ -201,7 +206,7 @@ def _run(
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # threads: products and t-SNE leave the interpreter's lock; and one thread each, for what they share
     with Callback(posttask=count), threadpool_limits(1):
-        done = compute(*graph, scheduler=client or "threads", **({} if client else {"num_workers": workers}))
+        done = compute(*graph, scheduler="threads", num_workers=workers)
     return dict(zip(cells, done, strict=True))
 
 

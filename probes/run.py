@@ -9,7 +9,6 @@ import os
 import signal
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from dask.delayed import delayed
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
+from mmextract.engine.cluster import PATIENCE
 from mmextract.engine.store import Store, open_store
 from mmextract.probes.choice import check_name, one_thread
 from mmextract.probes.comparison import (
@@ -33,6 +33,7 @@ from mmextract.probes.comparison import (
 )
 from mmextract.probes.cost import predict_seconds
 from mmextract.probes.design import Design, make_design
+from mmextract.probes.on_cluster import map_cells
 from mmextract.probes.paper import LARGEST_CLASS, make_paper_task
 from mmextract.probes.planning import check_cluster, choose_workers
 from mmextract.probes.scoring import CellScores, score_cell
@@ -45,9 +46,6 @@ if TYPE_CHECKING:
 
 SECONDS_WORTH_PROCESSES = 10.0
 """Work from which on worker processes pay, which take 3 s to start."""
-
-CLUSTER_RETRIES = 2
-"""Times that a cluster repeats a task that raised."""
 
 Cell = tuple[int, str]
 """A layer and a position."""
@@ -168,18 +166,19 @@ def run_probe(
     workers: int = 0,
     scheduler: str | None = None,
     client: Client | None = None,
+    patience: float = PATIENCE,
     on_progress: Callable[[int], None] = lambda n_cells: None,
 ) -> Scores:
     """Score every layer and position, each in a Dask task that reads nothing but its own states.
 
     workers: tasks at a time, 0 for one a core as far as memory suffices. scheduler: a name that Dask knows,
     such as `threads` or `processes`; None chooses (see `choose_scheduler`). client: of a cluster, whose workers
-    see the store by its path and take the tasks, whatever `workers` and `scheduler` say. on_progress is called
-    with the number of tasks done
-    since its last call. Raises ValueError for states that are not finite, saying where; OSError if the cluster is lost.
+    see the store by its path and take the tasks, whatever `workers` and `scheduler` say. patience: seconds that it
+    may be without workers. on_progress is called with the number of tasks done since its last call. Raises
+    ValueError for states that are not finite, saying where; OSError if the cluster is lost.
     """
     if client is not None:
-        return _run_on_cluster(plan, client, on_progress)
+        return _run_on_cluster(plan, client, patience, on_progress)
     workers = choose_workers(plan, workers, _cores())
     score = delayed(score_cell, pure=False)
     # the plan has no lazy parts, and looking for them in every sample takes longer than a probe
@@ -205,29 +204,14 @@ def run_probe(
     return dict(zip(plan.cells, results, strict=True))
 
 
-def _run_on_cluster(plan: ProbePlan, client: Client, on_progress: Callable[[int], None]) -> Scores:
-    """Score each layer and position in a task; the plan goes to each worker once."""
-    from distributed import as_completed
-
+def _run_on_cluster(
+    plan: ProbePlan, client: Client, patience: float, on_progress: Callable[[int], None]
+) -> Scores:
     check_cluster(plan, client)
     plan = replace(plan, store=_absolute(plan.store))
     if plan.other is not None:
         plan = replace(plan, other=replace(plan.other, place=_absolute(plan.other.place)))
-    shared = client.scatter(plan, broadcast=True, hash=False)
-    futures = {
-        client.submit(_score_on_worker, shared, *cell, pure=False, retries=CLUSTER_RETRIES): cell
-        for cell in plan.cells
-    }
-    scores: dict[Cell, CellScores] = {}
-    try:
-        for future in as_completed(futures, loop=client.loop):
-            scores[futures[future]] = future.result()
-            on_progress(1)
-    except CancelledError as error:
-        raise OSError(
-            "the connection to the scheduler, or to all of its workers, was lost: probe again"
-        ) from error
-    return {cell: scores[cell] for cell in plan.cells}
+    return map_cells(client, _score_on_worker, plan, plan.cells, patience=patience, on_progress=on_progress)
 
 
 def _absolute(place: str | Path) -> str | Path:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "engine": {"engine", "kernels"},
-    "probes": {"probes", "engine.store"},
+    "probes": {"probes", "engine.store", "engine.cluster"},  # a store's states, and where tasks may run
     "cli": {"cli", "engine", "kernels", "probes"},
 }
 EXPERIMENT = {"engine.experiment", "engine.steps", "engine.rows", "engine.identities"}

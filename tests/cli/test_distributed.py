@@ -16,7 +16,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mmextract.cli import clusters
 from mmextract.engine.store import open_store
 from tests.cli.conftest import Ran
 from tests.engine.test_store import tree
@@ -151,14 +150,12 @@ def test_a_mistake_is_one_clear_message(
     assert message in ran.err and "Traceback" not in ran.err
 
 
-def test_a_scheduler_without_workers_is_waited_for_and_then_an_error(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(clusters, "SECONDS_TO_WAIT", 0.5)
+def test_a_scheduler_without_workers_is_waited_for_and_then_an_error(run: Run, tmp_path: Path) -> None:
+    options = ("-o", tmp_path / "a.zarr", "--wait-for-workers", 0.5)
     with scheduler(tmp_path) as file:
-        ran = run("dump", *SMALL, "-o", tmp_path / "a.zarr", "--scheduler-file", file)
+        ran = run("dump", *SMALL, *options, "--scheduler-file", file)
     assert ran.code == 1
-    assert "no workers yet" in ran.err and "no worker came" in ran.err and "Traceback" not in ran.err
+    assert "no workers yet" in ran.err and "in 0.5 s" in ran.err and "Traceback" not in ran.err
 
 
 def test_a_worker_of_another_version_is_named(run: Run, tmp_path: Path) -> None:

@@ -1,0 +1,78 @@
+"""Tasks of layers and positions on real worker processes that die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from distributed import Client, LocalCluster
+
+from mmextract.probes.on_cluster import map_cells
+from tests.engine.cluster_runs import local_cluster, worker_pids
+
+Function = Callable[[int, int, str], tuple[int, str]]
+CELLS = [(layer, "last") for layer in range(6)]
+
+
+@pytest.fixture
+def add() -> Function:
+    """A function that takes a while; it goes to workers by value, as they do not find this module."""
+
+    def slow(shared: int, layer: int, position: str) -> tuple[int, str]:
+        time.sleep(0.3)
+        return shared + layer, position
+
+    return slow
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    with local_cluster(2) as connected:
+        yield connected
+
+
+def test_all_workers_may_die_and_others_come(client: Client, add: Function) -> None:
+    victims = list(worker_pids(client).values())
+    done: list[int] = []
+
+    def kill_all(n_cells: int) -> None:
+        done.append(n_cells)
+        while victims:
+            os.kill(victims.pop(), signal.SIGKILL)
+
+    found = map_cells(client, add, 10, CELLS, patience=60, on_progress=kill_all)
+    assert found == {cell: (10 + cell[0], "last") for cell in CELLS}
+    assert list(found) == CELLS and sum(done) == len(CELLS) and not victims
+
+
+def test_a_task_that_fails_is_raised_and_leaves_nothing_on_the_workers(client: Client) -> None:
+    def refuse(shared: int, layer: int, position: str) -> None:
+        raise ValueError(f"layer {layer} of {shared} is not finite")
+
+    client.wait_for_workers(2, timeout=60)
+    with pytest.raises(ValueError, match=r"layer \d of 10 is not finite"):
+        map_cells(client, refuse, 10, CELLS, patience=60, on_progress=lambda n: None)
+
+    def find(dask_worker: object) -> list[str]:
+        return [name for name in dask_worker.plugins if name.startswith("mmextract-")]  # type: ignore[attr-defined]
+
+    assert client.run(find) and not any(client.run(find).values())
+
+
+def test_a_cluster_that_stays_without_workers_is_an_error(add: Function) -> None:
+    with (
+        LocalCluster(
+            n_workers=1, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
+        ) as cluster,
+        Client(cluster, set_as_default=False) as connected,
+    ):
+        connected.submit(int).result()
+
+        def stop_all(n_cells: int) -> None:
+            cluster.scale(0)
+
+        with pytest.raises(OSError, match="no worker is left, and none came for 2 s"):
+            map_cells(connected, add, 10, CELLS, patience=2, on_progress=stop_all)
