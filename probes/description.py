@@ -5,7 +5,6 @@ Layers and positions are Dask tasks, each of which reads nothing but its own sta
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from mmextract.probes.blocks import read_rows
 from mmextract.probes.cka import MOST_SAMPLES, cka_between
 from mmextract.probes.design import Design
 from mmextract.probes.on_cluster import map_cells
+from mmextract.probes.planning import count_cores
 from mmextract.probes.projections import LEAST_SAMPLES, Projection, Wish, align_signs, project
 from mmextract.probes.results import MOST_POSITIONS, Cell
 from mmextract.probes.run import ProbePlan
@@ -203,10 +203,9 @@ def _run(work: _Work, cells: Sequence[Cell], on_progress: Callable[[int], None])
         if key in keys:
             on_progress(1)
 
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # threads: products and t-SNE leave the interpreter's lock; and one thread each, for what they share
     with Callback(posttask=count), threadpool_limits(1):
-        done = compute(*graph, scheduler="threads", num_workers=workers)
+        done = compute(*graph, scheduler="threads", num_workers=count_cores())
     return dict(zip(cells, done, strict=True))
 
 

@@ -106,14 +106,14 @@ def make_design(
     leave_out("whose other rendering is not there", _lost_their_twin(columns, label, keep))
     if where is not None:
         leave_out(f"not selected by {where}", ~select(where, columns, len(keep)))
-    leave_out(f"without a {label}", is_missing(columns[label]))
+    leave_out(f"without a value of {label}", is_missing(columns[label]))
     _require_some(keep, dropped)
     if largest_class is not None:
         leave_out(
             f"beyond the first {largest_class} of a class", ~_first(columns[label], keep, largest_class)
         )
     rows = np.flatnonzero(keep)
-    classes, y = encode_classes(columns[label][rows], label, dropped[f"without a {label}"])
+    classes, y = encode_classes(columns[label][rows], label, dropped[f"without a value of {label}"])
     if positive_last and len(classes) == 2 and classes[1] in NEGATIVE_CLASSES:
         classes, y = classes[::-1], 1 - y
     kept = {name: values[rows] for name, values in columns.items()}

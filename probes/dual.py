@@ -34,9 +34,10 @@ from mmextract.probes.batches import (
     solve_in_batches,
     standardise,
 )
-from mmextract.probes.cholesky import DualOptimum, GramNewton, Problem
+from mmextract.probes.cholesky import DualOptimum, Problem, minimise
 from mmextract.probes.newton import Labels, Optimum
 from mmextract.probes.solvers import FloatArray, IntArray, Job, Solution
+from mmextract.probes.systems import Gram
 
 MOST_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 29}
 """Elements of states, coordinates and logits of the training sets that are solved side by side: what a cache
@@ -100,7 +101,7 @@ class _Gram(Features):
         self.n_places = len(self.z)
         self.n_rows = self.z.new_tensor([self.n_places])
         self.places: Sequence[IntArray] = [np.arange(self.n_places)]
-        self.newton = GramNewton(samples.gram.numpy())
+        self.gram = Gram(samples.gram.numpy())
 
     def forward(self, w: Tensor) -> Tensor:
         return w @ self.z.T
@@ -134,7 +135,7 @@ class _Gram(Features):
                 weights=some.weights[0, number].numpy(),
                 penalty=float(some.penalty[0, number]),
             )
-            last = self.newton.minimise(problem, last)
+            last = minimise(self.gram, problem, last)
             found.append(last)
         return found
 

@@ -32,6 +32,9 @@ SLACK, SLACK_BYTES = 1.15, 16 << 20
 """What the allocator keeps beyond the arrays that are counted, and libraries at their first call: without them
 the figures were up to 13 % and 11 MiB short."""
 
+AMPLE = 0.8
+"""Share of the free memory that is taken where less would do, for more passes over a store."""
+
 DOUBLE, SINGLE = 8, 4
 N_METRICS = 6
 """Scores of a task, each with a deviation a group (`metrics`)."""
@@ -107,6 +110,11 @@ def _scoring_bytes(plan: ProbePlan) -> int:
     return DOUBLE * (3 * decisions + 3 * N_METRICS * deviations)
 
 
+def count_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def available_bytes() -> int:
     """Return the memory that this process and its children may still take, a container's limit respected."""
     from distributed.system import MEMORY_LIMIT
@@ -126,6 +134,15 @@ def fits(plan: ProbePlan, client: Client | None = None) -> bool:
         limit <= 0 or (needed if plan.streamed_elements else one) <= limit
         for _, _, limit, needed in _list_workers(plan, client)
     )
+
+
+def fits_amply(plan: ProbePlan, client: Client | None = None) -> bool:
+    """Whether a worker a core fits, and leaves a fifth of what is free; of a cluster, whether every worker is known to
+    have memory for a probe in each of its threads."""
+    if client is None:
+        n_workers = min(count_cores(), len(plan.cells))
+        return n_workers * predict_bytes(plan) <= AMPLE * available_bytes()
+    return all(limit > 0 and needed <= limit for _, _, limit, needed in _list_workers(plan, client))
 
 
 def choose_workers(plan: ProbePlan, workers: int, cores: int) -> int:
@@ -176,7 +193,7 @@ def _advise(plan: ProbePlan) -> str:
 
 def describe(plan: ProbePlan, workers: int, seconds: float, client: Client | None = None) -> str:
     """Return what would be done and what it would cost, for people. seconds: of one core. client: of a cluster."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = count_cores()
     rounds = list_rounds(plan)
     solvers = " and ".join(dict.fromkeys(find_solver(plan, one.n_rows) for one in rounds))
     n_fits, n_tests = (sum(one.n_fits for one in some) for some in (rounds, list_tests(plan)))

@@ -23,6 +23,7 @@ from itertools import chain, groupby, islice
 
 import numpy as np
 import torch
+from scipy.linalg.blas import dsyrk
 from torch import Tensor
 
 from mmextract.probes.batches import (
@@ -210,10 +211,21 @@ def _find_moments(states: Blocks, members: Tensor, scale: bool) -> tuple[Tensor,
     for rows, x in states:
         for number in wanted:
             part = x[inside[number, rows] if kind is None else (kind[rows] == number).to(x.device)]
-            sums[number] += part.T @ part
+            _add_square(sums[number], part)
         for at in range(len(members)) if scale else ():
             for part in x[inside[at, rows]].split(max(1, CACHED[x.device.type] // x.shape[1])):
                 variance[at] += part.sub_(mean[at]).square_().sum(0)
+    for total in sums:
+        total.copy_(total.triu() + total.triu(1).T)
     second = torch.stack([sums[k.to(sums.device)].sum(0) for k in kinds])
     deviation = find_scale(mean, variance / n_rows, n_rows) if scale else torch.ones_like(mean)
     return mean, deviation, second
+
+
+def _add_square(total: Tensor, x: Tensor) -> None:
+    """Add xᵀx to the upper triangle of total [D, D], at half the operations of a product where BLAS can; x: [k, D]."""
+    if total.device.type != "cpu":
+        total.addmm_(x.T, x)
+    elif len(x):
+        # C's order, read in Fortran's, is the transpose; so BLAS writes where it is told to
+        dsyrk(1.0, x.numpy().T, beta=1.0, c=total.numpy().T, lower=1, overwrite_c=1)

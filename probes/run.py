@@ -5,7 +5,6 @@ This module composes the others; it writes no file and draws nothing on a screen
 
 from __future__ import annotations
 
-import os
 import signal
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +34,7 @@ from mmextract.probes.cost import predict_seconds
 from mmextract.probes.design import Design, make_design
 from mmextract.probes.on_cluster import map_cells
 from mmextract.probes.paper import LARGEST_CLASS, make_paper_task
-from mmextract.probes.planning import check_cluster, choose_workers
+from mmextract.probes.planning import check_cluster, choose_workers, count_cores
 from mmextract.probes.scoring import CellScores, score_cell
 from mmextract.probes.settings import UNGROUPED, ProbeSettings
 from mmextract.probes.streaming import choose_states
@@ -179,7 +178,7 @@ def run_probe(
     """
     if client is not None:
         return _run_on_cluster(plan, client, patience, on_progress)
-    workers = choose_workers(plan, workers, _cores())
+    workers = choose_workers(plan, workers, count_cores())
     score = delayed(score_cell, pure=False)
     # the plan has no lazy parts, and looking for them in every sample takes longer than a probe
     shared = delayed(plan, pure=False, traverse=False)
@@ -244,10 +243,6 @@ def _prepare() -> None:
 def _start_process() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, that ends its workers
     _prepare()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_complete(store: Store, settings: ProbeSettings) -> None:

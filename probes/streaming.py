@@ -9,16 +9,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mmextract.probes.cost import choose_permutations
-from mmextract.probes.planning import describe_states, fits, predict_bytes
+from mmextract.probes.planning import describe_states, fits, fits_amply, predict_bytes
 
 if TYPE_CHECKING:
     from distributed import Client
 
     from mmextract.probes.run import ProbePlan
 
-MOST_ELEMENTS, LEAST_ELEMENTS = 1 << 28, 1 << 22
-"""Elements that the solver takes at once where memory suffices, 2 GiB, and where it does not: the more it takes, the
-fewer are the passes over the store."""
+MOST_ELEMENTS, USUAL_ELEMENTS, LEAST_ELEMENTS = 1 << 31, 1 << 28, 1 << 22
+"""Elements that the solver takes at once: 16 GiB where there is plenty of memory, 2 GiB where it suffices, or less: the
+more it takes, the fewer are the passes over the store."""
 
 
 def choose_states(plan: ProbePlan, client: Client | None = None) -> ProbePlan:
@@ -48,6 +48,7 @@ def _find_size(plan: ProbePlan, client: Client | None) -> ProbePlan:
     elements = MOST_ELEMENTS
     while True:
         streamed = choose_permutations(replace(plan, streamed_elements=elements))
-        if elements <= LEAST_ELEMENTS or fits(streamed, client):
+        room = fits_amply if elements > USUAL_ELEMENTS else fits
+        if elements <= LEAST_ELEMENTS or room(streamed, client):
             return streamed
         elements //= 2

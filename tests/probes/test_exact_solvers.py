@@ -11,11 +11,12 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from mmextract.probes import batches, cholesky, newton
+from mmextract.probes import batches, cholesky, newton, primal
 from mmextract.probes.batches import make_batches
 from mmextract.probes.dual import DualSolver
 from mmextract.probes.primal import PrimalSolver
 from mmextract.probes.solvers import FloatArray, IntArray, Job, Solution, Solver, kkt_residual
+from mmextract.probes.systems import Gram, Point
 
 PENALTIES = (1e-3, 0.1, 10.0)
 SOLVERS = [
@@ -250,8 +251,8 @@ def test_a_problem_that_is_given_up_says_so(solver: Solver, monkeypatch: pytest.
 
 def test_a_matrix_that_single_precision_cannot_factorise_is_factorised_in_double() -> None:
     x, _ = duplicated()
-    newton = cholesky.GramNewton(x @ x.T)
-    single, double = (newton.factorise(np.full(40, root)) for root in (1e-6, 1e2))
+    gram = Gram(x @ x.T)
+    single, double = (gram.factorise(np.full(40, root)) for root in (1e-6, 1e2))
     assert single.matrix.dtype == np.float32 and double.matrix.dtype == np.float64
     right = np.arange(40.0)
     solved = double.solve(right)
@@ -287,23 +288,23 @@ def test_penalties_come_in_any_order(shape: str, penalties: tuple[float, ...]) -
 def test_an_optimum_is_followed_to_the_next_penalty() -> None:
     x, y = mixed(200, 400)
     z = x - x.mean(0)
-    search = cholesky.GramNewton(z @ z.T)
+    gram = Gram(z @ z.T)
 
     def optimum(penalty: float, start: cholesky.DualOptimum | None = None) -> cholesky.DualOptimum:
         problem = cholesky.Problem(y=y.astype(np.float64), weights=np.ones(len(y)), penalty=penalty)
-        return search.minimise(problem, start)
+        return cholesky.minimise(gram, problem, start)
 
     def size(penalty: float) -> float:  # for which the features count as much as in every other test
         return penalty / float(np.square(z).sum(1).mean())
 
     first = optimum(size(10.0))
 
-    def guess(penalty: float, start: cholesky.DualOptimum) -> tuple[list[cholesky.Point], list[float]]:
+    def guess(penalty: float, start: cholesky.DualOptimum) -> tuple[list[Point], list[float]]:
         problem = cholesky.Problem(y=y.astype(np.float64), weights=np.ones(len(y)), penalty=penalty)
-        attempt = cholesky._Search(search, problem, start)
+        attempt = cholesky._Search(gram, problem, start)
         guesses = attempt._guess(start)
         for point in guesses:
-            np.testing.assert_allclose(point.image, search.gram @ point.a, atol=1e-9)
+            np.testing.assert_allclose(point.image, gram.matrix @ point.a, atol=1e-9)
             assert abs(point.a.sum()) < 1e-9 * np.abs(point.a).sum()
         return guesses, [attempt._objective(point) for point in guesses]
 
@@ -377,3 +378,15 @@ def test_a_gpu_finds_the_same_optimum(kind: type[DualSolver] | type[PrimalSolver
     (solutions,) = kind("cuda").solve(x, [job])
     check(x, job, solutions)
     assert "cuda" in solutions[0].method
+
+
+@pytest.mark.parametrize("n_rows", [0, 1, 7, 300])
+def test_second_moments_are_added_up_in_place(n_rows: int) -> None:
+    rng = np.random.default_rng(0)
+    sums = torch.zeros(2, 40, 40, dtype=torch.float64)
+    x = rng.normal(size=(2, n_rows, 40))
+    for some in x:
+        primal._add_square(sums[1], torch.from_numpy(some))
+    upper = np.triu(np.einsum("rkd,rke->de", x, x))
+    np.testing.assert_allclose(sums[1].numpy(), upper, atol=1e-12)
+    assert not sums[0].any()

@@ -20,7 +20,7 @@ from mmextract.probes.rows import Row
 from mmextract.probes.run import ProbePlan, plan_probe, run_probe
 from mmextract.probes.settings import ProbeSettings
 from mmextract.probes.stream_cost import count_passes
-from mmextract.probes.streaming import choose_states
+from mmextract.probes.streaming import MOST_ELEMENTS, USUAL_ELEMENTS, choose_states
 from mmextract.probes.summary import Summary
 from tests.probes.stores import make_paired_store, make_store, paired_columns, paired_states
 
@@ -201,6 +201,33 @@ def test_the_less_memory_the_less_is_solved_at_once(store: Path, monkeypatch: py
     assert 0 < less.streamed_elements < most.streamed_elements
     assert planning.predict_bytes(less) < size
     assert count_passes(less) > count_passes(most)
+
+
+def test_much_memory_is_taken_only_where_all_workers_that_may_run_have_it(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = huge(store, ProbeSettings(stream="always"))
+    monkeypatch.setattr(planning, "count_cores", lambda: 4)
+    found = {}
+    for free in (16, 64, 1024):
+        monkeypatch.setattr(planning, "available_bytes", lambda free=free: free << 30)
+        found[free] = choose_states(plan)
+    sizes = [chosen.streamed_elements for chosen in found.values()]
+    assert sizes[0] <= USUAL_ELEMENTS < sizes[1] < sizes[2] == MOST_ELEMENTS
+    assert 4 * planning.predict_bytes(found[64]) <= 0.8 * (64 << 30)
+    passes = [count_passes(chosen) for chosen in found.values()]
+    assert passes[0] > 2 * passes[1] and passes[1] > passes[2]
+
+
+def test_a_cluster_of_unknown_memory_is_not_asked_for_much(store: Path) -> None:
+    with (
+        LocalCluster(
+            n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None, memory_limit=0
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        chosen = choose_states(huge(store, ProbeSettings(stream="always")), client)
+    assert chosen.streamed_elements == USUAL_ELEMENTS
 
 
 def test_a_cluster_streams_what_its_workers_cannot_hold(store: Path, pair: tuple[Path, Path]) -> None:
