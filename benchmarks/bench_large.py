@@ -47,7 +47,10 @@ def write_store(path: Path, n: int, d: int, distance: float) -> Path:
     rng = np.random.default_rng(0)
     wide = rng.normal(size=(WIDE, d)).astype(np.float32)
     apart = rng.normal(size=d)
+    directions = np.linalg.qr(wide.T)[0]
+    apart -= directions @ (directions.T @ apart)
     apart *= distance / np.linalg.norm(apart)
+    shift = apart.astype(np.float32)
     columns: dict[str, list[Any]] = {
         "sample": [f"{row // 2}#{CLASSES[row % 2]}" for row in range(n)],
         "image": [f"{row // 2}.png" for row in range(n)],
@@ -60,9 +63,7 @@ def write_store(path: Path, n: int, d: int, distance: float) -> Path:
             n_rows = len(layout.rows(shard))
             states = rng.standard_normal((n_rows, d), np.float32)
             states += rng.standard_normal((n_rows, WIDE), np.float32) @ wide
-            states += np.where(np.arange(n_rows) % 2, 0.5, -0.5).astype(np.float32)[:, None] * apart.astype(
-                np.float32
-            )
+            states += np.where(np.arange(n_rows) % 2, 0.5, -0.5)[:, None].astype(np.float32) * shift
             data, records = layout.empty_shard(), layout.empty_records()
             data[0, :n_rows, 0] = to_numpy(torch.from_numpy(states).to(torch.bfloat16))
             records[:n_rows] = 1
@@ -74,11 +75,10 @@ def write_store(path: Path, n: int, d: int, distance: float) -> Path:
 def expect(n_training: int, d: int, distance: float) -> tuple[float, float]:
     """Return the AUROC of the best probe, and that of a linear discriminant from so many samples.
 
-    Both for classes of unit noise; the wide directions cost a probe their share of d.
+    Both for classes of unit noise, that stand apart in a direction of their own.
     """
-    square = distance**2 * (1 - WIDE / d)
-    found = square / math.sqrt(square + 4 * d / n_training)
-    return float(ndtr(math.sqrt(square / 2))), float(ndtr(found / math.sqrt(2)))
+    found = distance**2 / math.sqrt(distance**2 + 4 * d / n_training)
+    return float(ndtr(distance / math.sqrt(2))), float(ndtr(found / math.sqrt(2)))
 
 
 def probe(store: Path, out: Path, penalty: float, folds: int) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1_000_000)
     parser.add_argument("--features", type=int, default=4096)
     parser.add_argument("--distance", type=float, default=0.5, help="of the classes, in units of the noise")
-    parser.add_argument("--c", type=float, default=1e-3)
+    parser.add_argument("--c", type=float, default=0.1)
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument(
         "--folder", type=Path, help="where the store is written; a temporary folder by default"
