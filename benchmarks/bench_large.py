@@ -81,15 +81,16 @@ def expect(n_training: int, d: int, distance: float) -> tuple[float, float]:
     return float(ndtr(distance / math.sqrt(2))), float(ndtr(found / math.sqrt(2)))
 
 
-def probe(store: Path, out: Path, penalty: float, folds: int) -> dict[str, Any]:
+def probe(store: Path, out: Path, penalty: float, folds: int, stream: str) -> dict[str, Any]:
     """Return what the command took, and found."""
     settings = ProbeSettings(
-        label="identity_set", penalties=(penalty,), folds=folds, repeats=1, permutations=0
+        label="identity_set", penalties=(penalty,), folds=folds, repeats=1, permutations=0, stream=stream
     )
     plan = plan_probe(store, settings)
     program = str(Path(sys.executable).parent / "mmextract")
     command = [program, "probe", str(store), "--label", "identity_set"]
     command += ["--c", str(penalty), "--folds", str(folds), "--repeats", "1", "--permutations", "0"]
+    command += ["--stream", stream]
     command += ["--no-separability", "--projections", "none", "-o", str(out)]
     started = time.perf_counter()
     subprocess.run(command, check=True)
@@ -123,6 +124,9 @@ def main() -> None:
     parser.add_argument("--c", type=float, default=0.1)
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument(
+        "--stream", choices=("auto", "always"), default="auto", help="as `mmextract probe` has it"
+    )
+    parser.add_argument(
         "--folder", type=Path, help="where the store is written; a temporary folder by default"
     )
     parser.add_argument("--json", type=Path, help="write the figures there too")
@@ -134,7 +138,7 @@ def main() -> None:
         store = write_store(Path(folder) / "a.zarr", n, d, arguments.distance)
         written = time.perf_counter() - started
         n_bytes = sum(file.stat().st_size for file in store.rglob("*") if file.is_file())
-        found = probe(store, Path(folder) / "probe", arguments.c, arguments.folds)
+        found = probe(store, Path(folder) / "probe", arguments.c, arguments.folds, arguments.stream)
     results = {
         "samples": n,
         "features": d,

@@ -110,6 +110,25 @@ def test_bench_probe_compares_solvers_at_equal_residuals(tmp_path: Path) -> None
 
 
 @pytest.mark.timeout(300)
+def test_bench_large_probes_a_layer_from_the_disk(tmp_path: Path) -> None:
+    sizes = ["--samples", "6000", "--features", "80", "--folds", "3", "--c", "10", "--stream", "always"]
+    command = [sys.executable, str(BENCHMARKS / "bench_large.py"), *sizes, "--folder", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "out.json")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert results["states"].startswith("read from the store") and results["solvers"] == ["primal cpu"]
+    assert results["fits"] == 2 * 3 and results["largest residual"] <= 1e-8
+    expected = results["auroc expected of one from as many samples"]
+    assert (
+        results["auroc"] == pytest.approx(expected, abs=0.03)
+        and expected < results["auroc of the best probe"]
+    )
+    assert 0.5 < results["peak ÷ predicted"] <= 1
+
+
+@pytest.mark.timeout(300)
 def test_the_gpu_benchmark_runs_in_all_its_sections_without_a_gpu(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--smoke", "--out", str(tmp_path)]
