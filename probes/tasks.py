@@ -28,6 +28,12 @@ SHUFFLES = {
 }
 """How the control's labels are made, by `Design.structure`."""
 
+MANY_GROUPS = 10_000
+"""Groups up to which scikit-learn splits, which takes a minute for 500,000, as it looks at one after the other."""
+
+SHARES = 16
+"""Parts of a group that a class's share is rounded to where many are dealt out."""
+
 TRIES = 20
 """Shuffles tried before a split that leaves a class out of some training set is given up."""
 
@@ -95,14 +101,9 @@ def split(y: IntArray, groups: IntArray, folds: int, seed: int, *, least_groups:
     again, and ValueError is raised after TRIES.
     """
     n_groups = len(np.unique(groups))
-    single = n_groups == len(groups)
-    splitter, by = (StratifiedKFold, None) if single else (StratifiedGroupKFold, groups)
     n_classes = len(np.unique(y))
     for attempt in range(TRIES):
-        fold = np.empty(len(y), np.int16)
-        state = (seed + attempt * 1_000_003) % 2**32
-        for index, (_, test) in enumerate(splitter(folds, shuffle=True, random_state=state).split(y, y, by)):
-            fold[test] = index
+        fold = _draw_split(y, groups, n_groups, folds, (seed + attempt * 1_000_003) % 2**32)
         train = [fold != index for index in range(folds)]
         if all(len(np.unique(y[t])) == n_classes for t in train) and all(
             _fewest_groups(y[t], groups[t]) >= least_groups for t in train
@@ -112,6 +113,34 @@ def split(y: IntArray, groups: IntArray, folds: int, seed: int, *, least_groups:
         f"no split of {n_groups} groups into {folds} folds leaves every class in each training set: "
         "lower --folds or choose another --group"
     )
+
+
+def _draw_split(y: IntArray, groups: IntArray, n_groups: int, folds: int, state: int) -> FoldArray:
+    """Return the fold of each sample, by scikit-learn unless that takes minutes."""
+    single = n_groups == len(groups)
+    if n_groups > MANY_GROUPS and not single:
+        return _deal(y, groups, folds, state)
+    splitter, by = (StratifiedKFold, None) if single else (StratifiedGroupKFold, groups)
+    fold = np.empty(len(y), np.int16)
+    for index, (_, test) in enumerate(splitter(folds, shuffle=True, random_state=state).split(y, y, by)):
+        fold[test] = index
+    return fold
+
+
+def _deal(y: IntArray, groups: IntArray, folds: int, state: int) -> FoldArray:
+    """Return the fold of each sample: groups in the order of their classes' shares, and of size where these are about
+    equal, are dealt out to and fro, so that no fold gets the larger one each time.
+    """
+    numbers = np.unique(groups, return_inverse=True)[1].astype(np.int64)
+    counts = count(y, numbers)  # [groups, classes]
+    shuffled = np.random.default_rng(state).permutation(len(counts))
+    size = counts[shuffled].sum(1)
+    shares = np.round(counts[shuffled] / size[:, None] * SHARES)
+    order = shuffled[np.lexsort((-size, *shares.T))]
+    turn, place = np.divmod(np.arange(len(order)), folds)
+    fold = np.empty(len(order), np.int16)
+    fold[order] = np.where(turn % 2, folds - 1 - place, place)
+    return fold[numbers]
 
 
 def _fewest_groups(y: IntArray, groups: IntArray) -> int:

@@ -96,3 +96,29 @@ def test_a_split_that_leaves_a_class_out_of_training_is_refused() -> None:
     y, groups = np.array([0] * 10 + [1, 1]), np.array([*range(10), 10, 10])
     with pytest.raises(ValueError, match="no split of 11 groups into 2 folds"):
         split(y, groups, 2, 0)
+
+
+@pytest.mark.parametrize(
+    "shape", ["paired", "a class a group", "two classes of any share", "one size or many"]
+)
+@pytest.mark.parametrize("folds", [2, 4, 5])
+def test_many_groups_are_dealt_out_evenly(shape: str, folds: int) -> None:
+    rng = np.random.default_rng(0)
+    n_groups = 12_000
+    sizes = np.full(n_groups, 2) if shape == "paired" else 1 + rng.geometric(0.3, n_groups)
+    if shape == "one size or many":
+        sizes = np.where(rng.random(n_groups) < 0.5, 1, rng.integers(50, 200, n_groups))
+    groups = np.repeat(rng.permutation(n_groups), sizes)
+    y = np.arange(len(groups)) % 2
+    if shape == "a class a group":
+        y = rng.choice(4, n_groups, p=[0.4, 0.3, 0.2, 0.1])[groups]
+    elif shape != "paired":
+        y = (rng.random(len(groups)) < rng.random(n_groups)[groups]).astype(np.int64)
+    found = split(y, groups, folds, 3)
+    rows = np.argsort(groups, kind="stable")
+    together = np.split(found[rows], np.flatnonzero(np.diff(groups[rows])) + 1)
+    assert len(together) == n_groups and all((one == one[0]).all() for one in together)
+    in_fold = np.array([np.bincount(y[found == fold], minlength=y.max() + 1) for fold in range(folds)])
+    np.testing.assert_allclose(in_fold, np.broadcast_to(in_fold.mean(0), in_fold.shape), rtol=0.02)
+    assert np.array_equal(found, split(y, groups, folds, 3))
+    assert not np.array_equal(found, split(y, groups, folds, 4))
