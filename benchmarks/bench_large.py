@@ -132,6 +132,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there too")
     arguments = parser.parse_args()
     n, d = arguments.samples, arguments.features
+    if d <= WIDE:
+        parser.error(f"--features must be more than {WIDE}")
     best, expected = expect(n * (arguments.folds - 1) // arguments.folds, d, arguments.distance)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         started = time.perf_counter()
