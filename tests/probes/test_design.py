@@ -45,7 +45,7 @@ def test_samples_without_a_label_rejected_or_missing_are_left_out_and_counted() 
     columns = columns_of(colour=["red", "blue", "", "red", "blue"], rejected=["", "", "", "no image", ""])
     made = make_design(columns, np.array([True, True, True, True, False]), label="colour")
     assert made.rows.tolist() == [0, 1]
-    assert made.dropped == {"not in the store yet": 1, "rejected by the dump": 1, "without a colour": 1}
+    assert made.dropped == {"not in the store yet": 1, "rejected by the dump": 1, "without a value of colour": 1}
     made = design(columns_of(level=[1.0, 2.0, np.nan, 1.0]), label="level")
     assert made.rows.tolist() == [0, 1, 3]
 
@@ -80,7 +80,7 @@ def test_the_first_of_each_class_in_the_order_of_the_store_are_kept() -> None:
             "10000 distinct values in 10000 samples .user0, user1, user10, …",
         ),
         (np.linspace(0, 1, 40).tolist(), "looks continuous: 40 distinct values"),
-        (["", ""], "no sample is left.*2 without a colour"),
+        (["", ""], "no sample is left.*2 without a value of colour"),
     ],
 )
 def test_a_label_without_classes_to_tell_apart_is_refused(values: list[Any], message: str) -> None:
