@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import rich_click as click
 
 from mmextract.cli.reporting import note
-from mmextract.engine.cluster import PATIENCE
+from mmextract.engine.cluster import SECONDS_WITHOUT_WORKERS
 
 if TYPE_CHECKING:
     from distributed import Client, WorkerPlugin
@@ -34,8 +34,8 @@ def scheduler_options(command: Command) -> Command:
     command = click.option(
         "--wait-for-workers",
         "patience",
-        type=click.FloatRange(min=0, min_open=True),
-        default=PATIENCE,
+        type=click.IntRange(min=1),
+        default=int(SECONDS_WITHOUT_WORKERS),
         show_default=True,
         metavar="SECONDS",
         help="How long the cluster may be without workers: their jobs may still be queueing.",

@@ -21,10 +21,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import dask
 import torch
 from distributed import Client
 
-from mmextract.engine.cluster import PATIENCE, InFlight, describe_failure, installed, run_tasks
+from mmextract.engine.cluster import SECONDS_WITHOUT_WORKERS, InFlight, describe_failure, installed, run_tasks
 from mmextract.engine.dump import (
     DumpPlan,
     DumpSpec,
@@ -71,10 +72,12 @@ class ShardsFailedError(ValueError):
     """Shards that could not be written, however often they were tried."""
 
 
-def plan_distributed(spec: DumpSpec, client: Client, *, patience: float = PATIENCE) -> DumpPlan:
+def plan_distributed(
+    spec: DumpSpec, client: Client, *, patience: float = SECONDS_WITHOUT_WORKERS
+) -> DumpPlan:
     """Plan a run as `dump.plan_dump` does, with the model of a worker: the client loads none.
 
-    patience: seconds that the cluster may be without workers; then OSError is raised.
+    patience: seconds that the cluster may be without workers; then ClusterLostError is raised.
     """
     spec = replace(spec, model=_absolute(spec.model))
 
@@ -102,14 +105,14 @@ def run_distributed(
     on_progress: Callable[[int], None] = lambda n_rows: None,
     on_notice: Callable[[str], None] = lambda text: None,
     *,
-    patience: float = PATIENCE,
+    patience: float = SECONDS_WITHOUT_WORKERS,
 ) -> DumpSummary:
     """Do as `dump.run_dump` does, on the workers of a cluster; they must see the store and the images by their paths.
 
     on_notice is told what a user wants to know while the run goes on. patience: seconds that the cluster may be without
-    workers. Raises ShardsFailedError, once all other shards
-    are written, for those that failed; WorkerMismatchError for a worker that would write other bytes; OSError if the
-    scheduler, or all workers, are lost. Whatever stops it, a later call continues, with any number of workers.
+    workers. Raises ShardsFailedError, once all other shards are written, for those that failed; WorkerMismatchError for
+    a worker that would write other bytes; ClusterLostError if the scheduler, or all workers, are lost. Whatever stops
+    it, a later call continues, with any number of workers.
     """
     if isinstance(place, str | Path) and "://" not in str(place):
         place = Path(place).absolute()
@@ -128,6 +131,8 @@ def run_distributed(
         )
         plugin = JobPlugin(job)
         with (
+            # a shard of small states has many rows
+            dask.config.set({"distributed.admin.large-graph-warning-threshold": "1GB"}),
             installed(client, plugin, plugin.name),
             InFlight[ShardRows](client, patience=patience, retries=RETRIES) as tasks,
         ):

@@ -17,7 +17,7 @@ from dask.callbacks import Callback
 from dask.delayed import delayed
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from mmextract.engine.cluster import PATIENCE
+from mmextract.engine.cluster import SECONDS_WITHOUT_WORKERS
 from mmextract.engine.store import open_store
 from mmextract.probes.blocks import read_rows
 from mmextract.probes.cka import MOST_SAMPLES, cka_between
@@ -141,7 +141,7 @@ def describe(
     *,
     other: str | Path | None = None,
     client: Client | None = None,
-    patience: float = PATIENCE,
+    patience: float = SECONDS_WITHOUT_WORKERS,
     on_progress: Callable[[int], None] = lambda n_cells: None,
 ) -> Description:
     """Describe every layer and position of a plan. best: where the probes score highest. other: the store for CKA.

@@ -33,17 +33,20 @@ def map_cells(
     """Return function(shared, layer, position) of each cell; shared goes to each worker once.
 
     patience: seconds that the cluster may be without workers. on_progress is called with the number of tasks done since
-    its last call. Raises what a task raised; OSError if the cluster is lost.
+    its last call. Raises what a task raised; ClusterLostError if the cluster is lost.
     """
     from distributed import WorkerPlugin
 
+    if not cells:
+        return {}
+
     class Shared(WorkerPlugin):
-        def __init__(self) -> None:
-            self.value = shared
+        def __init__(self, value: object) -> None:
+            self.value = value
 
     name = f"mmextract-{uuid.uuid4().hex}"
     with (
-        installed(client, Shared(), name),
+        installed(client, Shared(shared), name),
         InFlight[Cell](client, patience=patience, retries=RETRIES) as tasks,
     ):
         arguments = ((cell, (name, function, *cell)) for cell in cells)

@@ -33,7 +33,7 @@ SLACK, SLACK_BYTES = 1.15, 16 << 20
 the figures were up to 13 % and 11 MiB short."""
 
 AMPLE = 0.8
-"""Share of the free memory that is taken where less would do, for more passes over a store."""
+"""Share of the free memory that is taken where less would do, with more passes over a store."""
 
 DOUBLE, SINGLE = 8, 4
 N_METRICS = 6
@@ -136,13 +136,10 @@ def fits(plan: ProbePlan, client: Client | None = None) -> bool:
     )
 
 
-def fits_amply(plan: ProbePlan, client: Client | None = None) -> bool:
-    """Whether a worker a core fits, and leaves a fifth of what is free; of a cluster, whether every worker is known to
-    have memory for a probe in each of its threads."""
-    if client is None:
-        n_workers = min(count_cores(), len(plan.cells))
-        return n_workers * predict_bytes(plan) <= AMPLE * available_bytes()
-    return all(limit > 0 and needed <= limit for _, _, limit, needed in _list_workers(plan, client))
+def fits_amply(plan: ProbePlan) -> bool:
+    """Whether one worker per core, or per layer and position, fits into the AMPLE part of what is free here."""
+    n_workers = min(count_cores(), len(plan.cells))
+    return n_workers * predict_bytes(plan) <= AMPLE * available_bytes()
 
 
 def choose_workers(plan: ProbePlan, workers: int, cores: int) -> int:

@@ -23,7 +23,6 @@ from itertools import chain, groupby, islice
 
 import numpy as np
 import torch
-from scipy.linalg.blas import dsyrk
 from torch import Tensor
 
 from mmextract.probes.batches import (
@@ -38,6 +37,9 @@ from mmextract.probes.batches import (
 from mmextract.probes.blocks import Blocks, HeldStates
 from mmextract.probes.newton import Optimum
 from mmextract.probes.solvers import FloatArray, IntArray, Job, Solution
+
+SIDES, LEAST_SIDE = 8, 128
+"""Parts of a side of second moments, whose blocks below the diagonal are left out, and what one has at least."""
 
 MOST_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 29}
 """Elements of the logits and second moments of the training sets that are solved side by side."""
@@ -215,17 +217,24 @@ def _find_moments(states: Blocks, members: Tensor, scale: bool) -> tuple[Tensor,
         for at in range(len(members)) if scale else ():
             for part in x[inside[at, rows]].split(max(1, CACHED[x.device.type] // x.shape[1])):
                 variance[at] += part.sub_(mean[at]).square_().sum(0)
-    for total in sums:
+    second = mean.new_zeros(len(members), *sums.shape[1:])
+    for total, kind_of in zip(second, kinds, strict=True):
+        for number in torch.nonzero(kind_of).flatten().tolist():
+            total += sums[number]
         total.copy_(total.triu() + total.triu(1).T)
-    second = torch.stack([sums[k.to(sums.device)].sum(0) for k in kinds])
     deviation = find_scale(mean, variance / n_rows, n_rows) if scale else torch.ones_like(mean)
     return mean, deviation, second
 
 
 def _add_square(total: Tensor, x: Tensor) -> None:
-    """Add xᵀx to the upper triangle of total [D, D], at half the operations of a product where BLAS can; x: [k, D]."""
-    if total.device.type != "cpu":
-        total.addmm_(x.T, x)
-    elif len(x):
-        # C's order, read in Fortran's, is the transpose; so BLAS writes where it is told to
-        dsyrk(1.0, x.numpy().T, beta=1.0, c=total.numpy().T, lower=1, overwrite_c=1)
+    """Add xᵀx to the upper triangle of total [D, D], in place, at little more than half of a product's operations.
+
+    What of the lower triangle lies in blocks on the diagonal is added too. x: [k, D].
+    """
+    # BLAS's dsyrk does it at half, but SciPy's holds the interpreter's lock meanwhile
+    size = max(LEAST_SIDE, -(-x.shape[1] // SIDES))
+    parts = x.split(size, 1)
+    for i, left in enumerate(parts):
+        for j in range(i, len(parts)):
+            rows, columns = (slice(at * size, (at + 1) * size) for at in (i, j))
+            total[rows, columns].addmm_(left.T, parts[j])

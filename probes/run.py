@@ -19,7 +19,7 @@ from dask.delayed import delayed
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from mmextract.engine.cluster import PATIENCE
+from mmextract.engine.cluster import SECONDS_WITHOUT_WORKERS
 from mmextract.engine.store import Store, open_store
 from mmextract.probes.choice import check_name, one_thread
 from mmextract.probes.comparison import (
@@ -165,7 +165,7 @@ def run_probe(
     workers: int = 0,
     scheduler: str | None = None,
     client: Client | None = None,
-    patience: float = PATIENCE,
+    patience: float = SECONDS_WITHOUT_WORKERS,
     on_progress: Callable[[int], None] = lambda n_cells: None,
 ) -> Scores:
     """Score every layer and position, each in a Dask task that reads nothing but its own states.
@@ -174,7 +174,7 @@ def run_probe(
     such as `threads` or `processes`; None chooses (see `choose_scheduler`). client: of a cluster, whose workers
     see the store by its path and take the tasks, whatever `workers` and `scheduler` say. patience: seconds that it
     may be without workers. on_progress is called with the number of tasks done since its last call. Raises
-    ValueError for states that are not finite, saying where; OSError if the cluster is lost.
+    ValueError for states that are not finite, saying where; ClusterLostError if the cluster is lost.
     """
     if client is not None:
         return _run_on_cluster(plan, client, patience, on_progress)

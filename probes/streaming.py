@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from mmextract.probes.choice import find_device
 from mmextract.probes.cost import choose_permutations
 from mmextract.probes.planning import describe_states, fits, fits_amply, predict_bytes
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from mmextract.probes.run import ProbePlan
 
 MOST_ELEMENTS, USUAL_ELEMENTS, LEAST_ELEMENTS = 1 << 31, 1 << 28, 1 << 22
-"""Elements that the solver takes at once: 16 GiB where there is plenty of memory, 2 GiB where it suffices, or less: the
-more it takes, the fewer are the passes over the store."""
+"""Elements that the solver takes at once, of 8 bytes and up to 2.5 times in all: most where this machine has plenty of
+memory, the usual number where that suffices, or less. The more it takes, the fewer are the passes over the store."""
 
 
 def choose_states(plan: ProbePlan, client: Client | None = None) -> ProbePlan:
@@ -45,10 +46,13 @@ def choose_states(plan: ProbePlan, client: Client | None = None) -> ProbePlan:
 
 def _find_size(plan: ProbePlan, client: Client | None) -> ProbePlan:
     """Return the plan with states streamed in as few passes as fit into memory."""
-    elements = MOST_ELEMENTS
+    known = (
+        client is None and find_device() == "cpu"
+    )  # otherwise the memory is that of a GPU, or of machines elsewhere
+    elements = MOST_ELEMENTS if known else USUAL_ELEMENTS
     while True:
         streamed = choose_permutations(replace(plan, streamed_elements=elements))
-        room = fits_amply if elements > USUAL_ELEMENTS else fits
-        if elements <= LEAST_ELEMENTS or room(streamed, client):
+        fitting = fits_amply(streamed) if elements > USUAL_ELEMENTS else fits(streamed, client)
+        if elements <= LEAST_ELEMENTS or fitting:
             return streamed
         elements //= 2

@@ -45,7 +45,11 @@ def test_samples_without_a_label_rejected_or_missing_are_left_out_and_counted() 
     columns = columns_of(colour=["red", "blue", "", "red", "blue"], rejected=["", "", "", "no image", ""])
     made = make_design(columns, np.array([True, True, True, True, False]), label="colour")
     assert made.rows.tolist() == [0, 1]
-    assert made.dropped == {"not in the store yet": 1, "rejected by the dump": 1, "without a value of colour": 1}
+    assert made.dropped == {
+        "not in the store yet": 1,
+        "rejected by the dump": 1,
+        "without a value of colour": 1,
+    }
     made = design(columns_of(level=[1.0, 2.0, np.nan, 1.0]), label="level")
     assert made.rows.tolist() == [0, 1, 3]
 

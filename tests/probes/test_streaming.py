@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from distributed import Client, LocalCluster
 
 from mmextract.cli.probe import probe
-from mmextract.probes import blocks, planning, states
+from mmextract.probes import blocks, planning, states, streaming
 from mmextract.probes.outputs import make_table
 from mmextract.probes.rows import Row
 from mmextract.probes.run import ProbePlan, plan_probe, run_probe
@@ -208,6 +208,7 @@ def test_much_memory_is_taken_only_where_all_workers_that_may_run_have_it(
 ) -> None:
     plan = huge(store, ProbeSettings(stream="always"))
     monkeypatch.setattr(planning, "count_cores", lambda: 4)
+    monkeypatch.setattr(streaming, "find_device", lambda: "cpu")
     found = {}
     for free in (16, 64, 1024):
         monkeypatch.setattr(planning, "available_bytes", lambda free=free: free << 30)
@@ -217,6 +218,8 @@ def test_much_memory_is_taken_only_where_all_workers_that_may_run_have_it(
     assert 4 * planning.predict_bytes(found[64]) <= 0.8 * (64 << 30)
     passes = [count_passes(chosen) for chosen in found.values()]
     assert passes[0] > 2 * passes[1] and passes[1] > passes[2]
+    monkeypatch.setattr(streaming, "find_device", lambda: "cuda")  # whose memory is another's
+    assert choose_states(plan).streamed_elements == USUAL_ELEMENTS
 
 
 def test_a_cluster_of_unknown_memory_is_not_asked_for_much(store: Path) -> None:
