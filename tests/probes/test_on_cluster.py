@@ -48,18 +48,50 @@ def test_all_workers_may_die_and_others_come(client: Client, add: Function) -> N
     assert list(found) == CELLS and sum(done) == len(CELLS) and not victims
 
 
-def test_a_task_that_fails_is_raised_and_leaves_nothing_on_the_workers(client: Client) -> None:
+def test_a_worker_that_dies_as_a_run_ends_does_not_cost_its_results(client: Client, add: Function) -> None:
+    client.wait_for_workers(2, timeout=60)
+    done: list[int] = []
+
+    def kill_at_the_end(n_cells: int) -> None:
+        done.append(n_cells)
+        if len(done) == len(CELLS):
+            os.kill(next(iter(worker_pids(client).values())), signal.SIGKILL)
+
+    found = map_cells(client, add, 10, CELLS, patience=60, on_progress=kill_at_the_end)
+    assert found == {cell: (10 + cell[0], "last") for cell in CELLS}
+
+
+@pytest.mark.parametrize("kind", [ValueError, FileNotFoundError])
+def test_a_task_that_fails_is_raised_and_leaves_nothing_on_the_workers(
+    client: Client, kind: type[Exception]
+) -> None:
     def refuse(shared: int, layer: int, position: str) -> None:
-        raise ValueError(f"layer {layer} of {shared} is not finite")
+        raise kind(f"layer {layer} of {shared} is not there")
 
     client.wait_for_workers(2, timeout=60)
-    with pytest.raises(ValueError, match=r"layer \d of 10 is not finite"):
+    with pytest.raises(kind, match=r"layer \d of 10 is not there"):
         map_cells(client, refuse, 10, CELLS, patience=60, on_progress=lambda n: None)
+    assert not any(find_shared(client))
+
+
+def test_an_interrupted_run_leaves_nothing_on_the_workers(client: Client, add: Function) -> None:
+    def interrupt(n_cells: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        map_cells(client, add, 10, CELLS, patience=60, on_progress=interrupt)
+    assert not any(find_shared(client))
+
+
+def find_shared(client: Client) -> list[list[str]]:
+    """Return what runs have on each worker."""
 
     def find(dask_worker: object) -> list[str]:
         return [name for name in dask_worker.plugins if name.startswith("mmextract-")]  # type: ignore[attr-defined]
 
-    assert client.run(find) and not any(client.run(find).values())
+    found = list(client.run(find).values())
+    assert len(found) == 2
+    return found
 
 
 def test_a_cluster_that_stays_without_workers_is_an_error(add: Function) -> None:
