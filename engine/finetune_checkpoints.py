@@ -78,11 +78,11 @@ class Checkpoints:
         return 0
 
     def remove(self) -> None:
-        """Remove all of them, and the folder."""
+        """Remove all of them, and the folder if nothing else is in it."""
         self._sweep()
         for path in self._committed().values():
             path.unlink()
-        if self.folder.is_dir():
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
     def _committed(self) -> dict[int, Path]:
@@ -92,8 +92,10 @@ class Checkpoints:
         return {int(match[1]): path for match, path in found if match}
 
     def _sweep(self) -> None:
-        for left in self.folder.glob(".*.partial"):
-            left.unlink(missing_ok=True)
+        """Remove what killed processes left: our partial files, and those that safetensors renames to ours."""
+        for pattern in (".*.partial", ".tmp*"):
+            for left in self.folder.glob(pattern):
+                left.unlink(missing_ok=True)
 
 
 def collect(

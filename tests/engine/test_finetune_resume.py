@@ -84,6 +84,27 @@ def test_a_training_that_was_stopped_goes_on_from_its_checkpoint(
     assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.parametrize("name", [".tmpAbC123", ".step-00000003.safetensors.0.partial"])
+def test_what_a_killed_process_left_beside_checkpoints_is_removed(
+    tiny_folders: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    save_questions(tmp_path / "data")
+    with pytest.raises(Stop):
+        tune(tiny_folders["llava"], tmp_path, "stopped", stop_after=4)
+    (tmp_path / "stopped/checkpoints" / name).touch()
+    tune(tiny_folders["llava"], tmp_path, "stopped")
+    assert not (tmp_path / "stopped/checkpoints").exists()
+
+
+def test_a_file_of_others_among_the_checkpoints_stays(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    save_questions(tmp_path / "data")
+    with pytest.raises(Stop):
+        tune(tiny_folders["llava"], tmp_path, "stopped", stop_after=4)
+    (tmp_path / "stopped/checkpoints/notes.txt").touch()
+    tune(tiny_folders["llava"], tmp_path, "stopped")
+    assert [path.name for path in (tmp_path / "stopped/checkpoints").iterdir()] == ["notes.txt"]
+
+
 def test_a_finished_training_is_left_as_it_is(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     first = tune(tiny_folders["llava"], tmp_path, "out")
     before = weights(tmp_path / "out")
