@@ -7,6 +7,7 @@ for. This module knows nothing about dumps and probes.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -138,6 +139,8 @@ def _start(n_workers: int, model: ModelSpec) -> Cluster:
 def _client(address: str) -> Client:
     from distributed import Client
 
+    # dask logs a traceback when the scheduler is lost, which the run says itself
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     try:
         return Client(address, timeout=SECONDS_TO_CONNECT, set_as_default=False)
     except OSError as error:  # a timeout too
