@@ -29,7 +29,7 @@ SHUFFLES = {
 """How the control's labels are made, by `Design.structure`."""
 
 MANY_GROUPS = 10_000
-"""Groups up to which scikit-learn splits, which takes a minute for 500,000, as it looks at one after the other."""
+"""Groups up to which scikit-learn splits, which looks at one after the other: 1.4 s for 10,000 pairs in 5 folds."""
 
 SHARES = 16
 """Parts of a group that a class's share is rounded to where many are dealt out."""
