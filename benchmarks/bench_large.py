@@ -28,8 +28,9 @@ from harness import save, show
 from mmextract.engine.assembly import to_numpy
 from mmextract.engine.layout import Layout
 from mmextract.engine.writer import open_writer
+from mmextract.probes.command_cost import predict_command_bytes
 from mmextract.probes.cost import predict_seconds
-from mmextract.probes.planning import predict_bytes
+from mmextract.probes.description import DescriptionSettings
 from mmextract.probes.run import plan_probe
 from mmextract.probes.settings import ProbeSettings
 
@@ -96,7 +97,8 @@ def probe(store: Path, out: Path, penalty: float, folds: int, stream: str) -> di
     subprocess.run(command, check=True)
     seconds, used = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     record = json.loads((out / "probe.json").read_text("utf-8"))
-    peak, predicted = used.ru_maxrss << 10, predict_bytes(plan)
+    described = DescriptionSettings(separability=False, projections=())
+    peak, predicted = used.ru_maxrss << 10, predict_command_bytes([plan], described)
     return {
         "states": record["states"],
         "fits": record["fits"]["n"],

@@ -148,7 +148,7 @@ def probe(
     Writes probe.json, probe.csv, probe.parquet, scores.parquet, separability and projections, figures and report.html;
     with several labels into a folder each, and the tables of all of them beside those.
     """
-    from mmextract.probes import description, planning
+    from mmextract.probes import command_cost, description, planning
     from mmextract.probes.cost import predict_seconds
     from mmextract.probes.outputs import make_record, write_outputs, write_tables
     from mmextract.probes.run import plan_probe, run_probe
@@ -179,10 +179,13 @@ def probe(
             dict.fromkeys(text for plan in plans for text in plan.design.notes),
             dict.fromkeys(text for plan in plans for text in plan.design.warnings),
         )
+        needed = command_cost.predict_command_bytes(plans, wished, workers, on_cluster=client is not None)
         if dry_run:
             texts = (planning.describe(plan, workers, predict_seconds(plan), client) for plan in plans)
             click.echo("\n\n".join(texts))
+            click.echo(command_cost.describe_command(needed))
             return
+        command_cost.check_command(needed)
         with progress_bar("probe", sum(len(plan.cells) for plan in plans), "probes") as advance:
             summaries = [
                 Summary(plan, run_probe(plan, workers=workers, **cluster, on_progress=advance))

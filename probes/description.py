@@ -21,9 +21,9 @@ from mmextract.engine.cluster import SECONDS_WITHOUT_WORKERS
 from mmextract.engine.store import open_store
 from mmextract.probes.blocks import read_rows
 from mmextract.probes.cka import MOST_SAMPLES, cka_between
+from mmextract.probes.command_cost import choose_threads
 from mmextract.probes.design import Design
 from mmextract.probes.on_cluster import map_cells
-from mmextract.probes.planning import count_cores
 from mmextract.probes.projections import LEAST_SAMPLES, Projection, Wish, align_signs, project
 from mmextract.probes.results import MOST_POSITIONS, Cell
 from mmextract.probes.run import ProbePlan
@@ -161,7 +161,7 @@ def describe(
     if client is not None:
         done = map_cells(client, _describe_cell, work, cells, patience=patience, on_progress=on_progress)
     else:
-        done = _run(work, cells, on_progress)
+        done = _run(work, cells, choose_threads(plan, settings), on_progress)
     rows = [_row(plan, design, cell, **vars(m)) for cell in cells for m in done[cell][0]]
     if other is not None and settings.separability:
         rows += _compare(plan, design, samples, other)
@@ -193,7 +193,9 @@ def _choose(wishes: Sequence[Wish], cell: Cell, best: Cell, plan: ProbePlan) -> 
 Found = tuple[list[Any], dict[str, Projection]]
 
 
-def _run(work: _Work, cells: Sequence[Cell], on_progress: Callable[[int], None]) -> dict[Cell, Found]:
+def _run(
+    work: _Work, cells: Sequence[Cell], n_threads: int, on_progress: Callable[[int], None]
+) -> dict[Cell, Found]:
     task = delayed(_describe_cell, pure=False)
     shared = delayed(work, pure=False, traverse=False)
     graph = [task(shared, *cell) for cell in cells]
@@ -205,7 +207,7 @@ def _run(work: _Work, cells: Sequence[Cell], on_progress: Callable[[int], None])
 
     # threads: products and t-SNE leave the interpreter's lock; and one thread each, for what they share
     with Callback(posttask=count), threadpool_limits(1):
-        done = compute(*graph, scheduler="threads", num_workers=count_cores())
+        done = compute(*graph, scheduler="threads", num_workers=n_threads)
     return dict(zip(cells, done, strict=True))
 
 

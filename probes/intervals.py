@@ -44,6 +44,9 @@ FloatArray = NDArray[np.float64]
 MULTIPLIERS = 2000
 """Draws behind the simultaneous intervals where there are no permutations."""
 
+GROUPS_AT_ONCE = 1 << 10
+"""Memory: so many times MULTIPLIERS numbers of 8 bytes."""
+
 
 def stretch_factor(folds: int) -> float:
     """Return by how much standard errors of fixed probes are too small under K-fold cross-validation."""
@@ -109,9 +112,11 @@ def reach_by_correction(deviations: FloatArray, folds: int, confidence: float, s
     vary = errors[:, 0] > 0
     together = one
     if vary.sum() > 1:
-        draws = np.random.default_rng([seed, 2]).normal(size=(deviations.shape[1], MULTIPLIERS))
-        largest = np.abs(deviations[vary] / errors[vary] @ draws).max(0)
-        together = max(one, float(np.quantile(largest, confidence)))
+        rng = np.random.default_rng([seed, 2])
+        summed = np.zeros((int(vary.sum()), MULTIPLIERS))
+        for some in np.array_split(deviations[vary], max(1, deviations.shape[1] // GROUPS_AT_ONCE), axis=1):
+            summed += (some / errors[vary]) @ rng.normal(size=(some.shape[1], MULTIPLIERS))
+        together = max(one, float(np.quantile(np.abs(summed).max(0), confidence)))
     return Reach(own=np.full(len(deviations), factor * one), together=factor * together)
 
 

@@ -12,11 +12,12 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,8 +30,13 @@ from mmextract.probes.pictures import make_pictures
 from mmextract.probes.planning import describe_states
 from mmextract.probes.results import PROJECTIONS, RECORD, Results
 from mmextract.probes.rows import COLUMNS, Row
+from mmextract.probes.score_table import COLUMNS as SCORE_COLUMNS
+from mmextract.probes.score_table import write_scores
 from mmextract.probes.summary import Summary
 from mmextract.probes.tasks import SHUFFLES
+
+Content = bytes | Callable[[IO[bytes]], None]
+"""Of a file: its bytes, or what writes them."""
 
 FORMAT = 2
 """Of probe.json. 2: p-values, errors, calibration, comparisons; intervals by the jackknife."""
@@ -49,20 +55,6 @@ FILES = (
 )
 """Those of every run, in the order in which they are put in place: where probe.json is, the others are of the same run.
 There are more where there is more to show: projections.parquet, separability.csv and .parquet, and their figures."""
-
-SCORE_COLUMNS = {
-    "sample": "id of the sample in the store",
-    "group": "its value of the group column; the sample itself if there are no groups",
-    "label": "column of the store that gave the classes",
-    "class": "the sample's class, as this task has it (shuffled, of a control)",
-    "layer": "decoder block; -1 is the embedding",
-    "position": "token or span of tokens",
-    "task": "label, control, or other: the label in the store compared with",
-    "repeat": "which of the repeated splits",
-    "fold": "fold of that split in which the sample was tested, by a probe that has not seen its group",
-    "score": "logit of the positive class; of more than two classes, of the class in the column's name",
-}
-"""What each column of scores.parquet means."""
 
 _SCHEMA = pa.schema(
     [
@@ -109,12 +101,12 @@ def write_data(
     return replace_all(folder, {**_tables(summary, description), RECORD: _json(record)})
 
 
-def _tables(summary: Summary, description: Description | None) -> dict[str, bytes]:
+def _tables(summary: Summary, description: Description | None) -> dict[str, Content]:
     table = make_table(summary.rows)
     return {
         "probe.csv": to_csv(table),
         "probe.parquet": to_parquet(table),
-        "scores.parquet": to_parquet(make_score_table(summary)),
+        "scores.parquet": partial(write_scores, summary),
         **_describing_files(description),
     }
 
@@ -233,47 +225,6 @@ def make_table(rows: Sequence[Row]) -> pa.Table:
     return pa.Table.from_pylist([asdict(row) for row in rows], schema=_SCHEMA)
 
 
-def make_score_table(summary: Summary) -> pa.Table:
-    """Return what each probe said of each sample it had not seen: a row a (layer, position, task, repeat,
-    sample).
-
-    SCORE_COLUMNS, written into the file, say what each column means; with more than two classes there is one
-    `score_<class>` each in place of `score`.
-    """
-    plan, design = summary.plan, summary.plan.design
-    samples, groups = np.array(plan.samples, object), np.array(plan.group_names, object)
-    classes = np.array(design.classes, object)
-    binary = len(classes) == 2
-    names = ["score"] if binary else [f"score_{name}" for name in classes]
-    tables = []
-    for (layer, position), cell in summary.scores.items():
-        for scores in cell.tasks:
-            if scores.decisions is None or scores.folds is None:
-                continue
-            repeat, index = np.nonzero(scores.folds >= 0)
-            n = len(index)
-            decided = scores.decisions[repeat, index]  # [n, outputs]
-            columns = {
-                "sample": samples[index],
-                "group": groups[index],
-                "label": [design.label] * n,
-                "class": classes[scores.y[index]],
-                "layer": np.full(n, layer, np.int32),
-                "position": [position] * n,
-                "task": [scores.task] * n,
-                "repeat": repeat.astype(np.int16),
-                "fold": scores.folds[repeat, index],
-                **dict(zip(names, decided.T, strict=True)),
-            }
-            tables.append(pa.table(columns))
-    table = pa.concat_tables(tables)
-    about = [
-        field.with_metadata({"about": SCORE_COLUMNS[field.name if field.name in SCORE_COLUMNS else "score"]})
-        for field in table.schema
-    ]
-    return table.cast(pa.schema(about))
-
-
 def to_csv(table: pa.Table) -> bytes:
     """Return a table as a CSV file."""
     out = io.BytesIO()
@@ -288,13 +239,14 @@ def to_parquet(table: pa.Table) -> bytes:
     return out.getvalue()
 
 
-def replace_all(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
+def replace_all(folder: Path, contents: Mapping[str, Content]) -> list[Path]:
     """Write every file under a temporary name, then put all in place, in the order given."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in contents}
     try:
-        for name, data in contents.items():
-            temporary[name].write_bytes(data)
+        for name, content in contents.items():
+            with temporary[name].open("wb") as file:
+                file.write(content) if isinstance(content, bytes) else content(file)
         for name, path in temporary.items():
             path.replace(folder / name)
     finally:

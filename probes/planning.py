@@ -62,10 +62,10 @@ def _chunk_bytes(plan: ProbePlan) -> int:
 
 def predict_bytes(plan: ProbePlan) -> int:
     """Return the peak resident memory of a worker process, in bytes."""
-    return BASE_BYTES + _plan_bytes(plan) + predict_task_bytes(plan)
+    return BASE_BYTES + plan_bytes(plan) + predict_task_bytes(plan)
 
 
-def _plan_bytes(plan: ProbePlan) -> int:
+def plan_bytes(plan: ProbePlan) -> int:
     """Return what the plan itself takes: splits and the samples' names, and these once more on their way there."""
     splits = sum(task.folds.nbytes + task.inner_folds.nbytes + task.y.nbytes for task in plan.tasks)
     return 2 * (splits + 400 * plan.design.n_samples)
@@ -150,8 +150,8 @@ def choose_workers(plan: ProbePlan, workers: int, cores: int) -> int:
     most = available_bytes() // predict_bytes(plan)
     if most < max(1, workers):
         raise ValueError(
-            f"{max(1, workers)} workers of {_gib(predict_bytes(plan))} each do not fit into the "
-            f"{_gib(available_bytes())} of memory that are free: "
+            f"{max(1, workers)} workers of {format_gib(predict_bytes(plan))} each do not fit into the "
+            f"{format_gib(available_bytes())} of memory that are free: "
             + (f"give --workers {most}" if most else f"{_advise(plan)} or on a larger machine")
         )
     return min(workers or min(cores, most), len(plan.cells))
@@ -162,15 +162,15 @@ def check_cluster(plan: ProbePlan, client: Client) -> None:
     for address, n_threads, limit, needed in _list_workers(plan, client):
         if 0 < limit < needed:
             raise ValueError(
-                f"the worker {address} may use {_gib(limit)}, and {n_threads} probes at a time take "
-                f"{_gib(needed)}: {_advise(plan)} or start it with --nthreads 1, or a larger --memory-limit"
+                f"the worker {address} may use {format_gib(limit)}, and {n_threads} probes at a time take "
+                f"{format_gib(needed)}: {_advise(plan)} or start it with --nthreads 1, or a larger --memory-limit"
             )
 
 
 def _list_workers(plan: ProbePlan, client: Client) -> list[tuple[str, int, int, int]]:
     """Return the address of each worker of a cluster, its threads, the bytes it may use, and those it needs."""
     workers: Mapping[str, Mapping[str, Any]] = client.scheduler_info(n_workers=-1)["workers"]
-    base, task = BASE_BYTES + _plan_bytes(plan), predict_task_bytes(plan)
+    base, task = BASE_BYTES + plan_bytes(plan), predict_task_bytes(plan)
     return [
         (address, int(w["nthreads"]), int(w["memory_limit"]), base + int(w["nthreads"]) * task)
         for address, w in workers.items()
@@ -197,7 +197,7 @@ def describe(plan: ProbePlan, workers: int, seconds: float, client: Client | Non
     if client is None:
         chosen = choose_workers(plan, workers, cores)
         at_once = min(chosen, cores)
-        where = f"{chosen}: {_gib(chosen * predict_bytes(plan))} of {_gib(available_bytes())} that are free"
+        where = f"{chosen}: {format_gib(chosen * predict_bytes(plan))} of {format_gib(available_bytes())} that are free"
     else:
         check_cluster(plan, client)
         at_once = sum(n_threads for _, n_threads, _, _ in _list_workers(plan, client))
@@ -214,8 +214,8 @@ def describe(plan: ProbePlan, workers: int, seconds: float, client: Client | Non
         f"permutations, at each of {len(plan.cells):,} layers × positions",
         f"solver     {solvers}, training sets of {', '.join(f'{one.n_rows:,}' for one in rounds)} samples",
         f"states     {describe_states(plan)}",
-        f"memory     at most {_gib(predict_bytes(plan))} a worker, "
-        f"{_gib(predict_task_bytes(plan))} of it for the probes",
+        f"memory     at most {format_gib(predict_bytes(plan))} a worker, "
+        f"{format_gib(predict_task_bytes(plan))} of it for the probes",
         f"workers    {where}",
         f"time       about {_duration(seconds / max(1, at_once))}",
     ]
@@ -224,16 +224,17 @@ def describe(plan: ProbePlan, workers: int, seconds: float, client: Client | Non
 
 def describe_states(plan: ProbePlan) -> str:
     """Return where states are while probes are fitted, and what a worker takes, for people."""
-    size = _gib(predict_bytes(plan))
+    size = format_gib(predict_bytes(plan))
     if not plan.streamed_elements:
         return f"held in memory, {size} a worker"
     return (
         f"read from the store in each of some {count_passes(plan):,} passes a layer and position, {size} a worker; "
-        f"held in memory they would take {_gib(plan.held_bytes)}"
+        f"held in memory they would take {format_gib(plan.held_bytes)}"
     )
 
 
-def _gib(size: int) -> str:
+def format_gib(size: int) -> str:
+    """Return a size for people."""
     return f"{size / 2**30:.2f} GiB"
 
 

@@ -5,14 +5,18 @@ This module knows nothing about memory or time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from mmextract.probes import permutation
 from mmextract.probes.choice import choose
 
 if TYPE_CHECKING:
     from mmextract.probes.run import ProbePlan
+    from mmextract.probes.tasks import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +27,10 @@ class Round:
     """Samples of a training set."""
     n_sets: int
     """Training sets."""
+    n_folds: int
+    """Those of one split, each of which lacks another part of its samples."""
+    n_outside: int
+    """Samples that take no part in a split."""
     n_labels: int
     """Label vectors of each."""
     n_penalties: int
@@ -47,21 +55,45 @@ def list_rounds(plan: ProbePlan) -> list[Round]:
     n_classes = len(plan.design.classes)
     n_outputs = 1 if n_classes == 2 else n_classes
     n_repeats, folds = len(plan.tasks[0].folds), int(plan.tasks[0].folds.max()) + 1
-    n_sets = len(plan.tasks) * n_repeats * folds  # tasks' folds are stratified by their own labels
+    n_labels = _count_sharing(plan.tasks)
+    n_sets = len(plan.tasks) // n_labels * n_repeats * folds
     n_rows = n - n // folds
-    rounds = [Round(n_rows=n_rows, n_sets=n_sets, n_labels=1, n_penalties=1, n_outputs=n_outputs)]
+    first = Round(
+        n_rows=n_rows,
+        n_sets=n_sets,
+        n_folds=folds,
+        n_outside=0,
+        n_labels=n_labels,
+        n_penalties=1,
+        n_outputs=n_outputs,
+    )
+    rounds = [first]
     if len(settings.penalties) > 1 and settings.preset != "paper":
         inner = settings.inner_folds
         rounds.append(
-            Round(
+            replace(
+                first,
                 n_rows=n_rows - n_rows // inner,
                 n_sets=n_sets * inner,
-                n_labels=1,
+                n_folds=inner,
+                n_outside=n - n_rows,
                 n_penalties=len(settings.penalties),
-                n_outputs=n_outputs,
             )
         )
     return rounds
+
+
+def _count_sharing(tasks: Sequence[Task]) -> int:
+    """Return how many tasks share their training sets: all, where labels leave a split no choice, or one.
+
+    Splits are stratified by each task's own label; where every group has the same classes, they come out the same.
+    """
+    first = tasks[0]
+    shared = all(
+        np.array_equal(task.folds, first.folds) and np.array_equal(task.inner_folds, first.inner_folds)
+        for task in tasks[1:]
+    )
+    return len(tasks) if shared else 1
 
 
 def list_tests(plan: ProbePlan) -> list[Round]:

@@ -6,6 +6,7 @@ about labels' meaning or scores.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mmextract.engine.store import open_store
@@ -26,7 +27,8 @@ READ_SECONDS = 1e-8
 float32 of bfloat16's values in shards of 32 × 1024."""
 
 MOMENT_FLOPS, PRODUCT_FLOPS = 3e10, 6e9
-"""Double-precision operations a second of one core: of second moments, and of products with a few columns."""
+"""Double-precision operations a second of one core: of second moments, which take D² a sample as they are symmetric,
+and of products with a few columns."""
 
 EIGEN_SECONDS = 3e-10
 """Of one core, times D³: what `cost` takes for a training set's eigenvectors."""
@@ -55,8 +57,7 @@ def streamed_seconds(plan: ProbePlan) -> float:
     n, d = plan.design.n_samples, plan.hidden_size
     seconds = 0.0
     for one in list_rounds(plan):
-        seconds += PASSES * _count_batches(plan, one) * _pass_seconds(plan)
-        seconds += one.n_sets * _moment_seconds(plan)
+        seconds += _count_batches(plan, one) * (PASSES * _pass_seconds(plan) + _moment_seconds(plan, one))
         seconds += PASSES * 2 * n * d * one.n_fits * one.n_outputs / PRODUCT_FLOPS
     stores = 1 if plan.other is None else 1 + 1 / len(plan.tasks)
     return stores * seconds
@@ -65,18 +66,31 @@ def streamed_seconds(plan: ProbePlan) -> float:
 def streamed_permutation_seconds(plan: ProbePlan) -> float:
     """Return roughly how long one core takes for one shuffle of the label at one layer and position."""
     n, d = plan.design.n_samples, plan.hidden_size
-    n_penalties, n_outputs = len(plan.settings.test_penalties), list_rounds(plan)[0].n_outputs
-    columns = n_penalties * n_outputs
+    one = replace(list_rounds(plan)[0], n_sets=1, n_labels=1, n_penalties=len(plan.settings.test_penalties))
+    columns = one.n_penalties * one.n_outputs
     together = max(1, permutation.MOST_ELEMENTS // (columns * (n + d)))
     together = max(1, min(together, _most_columns(plan) // columns))
-    shared = PASSES * _pass_seconds(plan) + _moment_seconds(plan)
+    shared = PASSES * _pass_seconds(plan) + _moment_seconds(plan, one)
     own = PASSES * 2 * n * d * columns / PRODUCT_FLOPS
     return (1 if plan.other is None else 2) * plan.settings.folds * (shared / together + own)
 
 
-def _moment_seconds(plan: ProbePlan) -> float:
-    n, d = plan.design.n_samples, plan.hidden_size
-    return 2 * n * d**2 / MOMENT_FLOPS + EIGEN_SECONDS * d**3
+def _moment_seconds(plan: ProbePlan, one: Round) -> float:
+    """Return what the second moments of a batch of training sets take, and their eigenvectors."""
+    d, n_sets = plan.hidden_size, _n_together(plan, one)
+    _, n_added = _count_sums(plan, one)
+    return n_added * d**2 / MOMENT_FLOPS + n_sets * EIGEN_SECONDS * d**3
+
+
+def _count_sums(plan: ProbePlan, one: Round) -> tuple[int, int]:
+    """Return how many matrices a batch's second moments are summed into, and the samples added to them in all.
+
+    See `primal._find_moments`. Splits know nothing of each other, so that among the groups of several of them nearly
+    all combinations of their parts occur, if there are as many groups.
+    """
+    n_sets = _n_together(plan, one)
+    kinds = min((one.n_folds + (one.n_outside > 0)) ** -(-n_sets // one.n_folds), plan.design.n_groups)
+    return (kinds, plan.design.n_samples) if kinds <= 4 * n_sets else (n_sets, n_sets * one.n_rows)
 
 
 def _pass_seconds(plan: ProbePlan) -> float:
@@ -111,18 +125,29 @@ def _count_batches(plan: ProbePlan, one: Round) -> int:
     return parts * -(-one.n_sets // _n_together(plan, one))
 
 
-def _reading_bytes(plan: ProbePlan) -> int:
-    """Return what shards take on their way: chunks being decoded, rows that wait, a block, and the one in use."""
+def shard_bytes(plan: ProbePlan) -> int:
+    """Return what shards take on their way, for one who reads them: chunks being decoded, and rows that wait."""
     states = open_store(plan.store).hidden_states
     assert states.shards is not None
-    n, d, shard = plan.design.n_samples, plan.hidden_size, states.shards[0]
+    d, shard = plan.hidden_size, states.shards[0]
     n_shards = -(-plan.n_stored // shard)
     readers = min(blocks.count_readers(), n_shards)
     chunks = 3 * readers * states.dtype.itemsize * shard * states.shape[2] * d
-    waiting = SINGLE * min(2 * readers, n_shards) * shard * d
-    block = min(n * d, blocks.BLOCK_ELEMENTS + shard * d)
+    return chunks + SINGLE * min(2 * readers, n_shards) * shard * d
+
+
+def block_elements(plan: ProbePlan, n: int) -> int:
+    """Return the elements of a block of n samples' states, at most."""
+    states = open_store(plan.store).hidden_states
+    assert states.shards is not None
+    return min(n * plan.hidden_size, blocks.BLOCK_ELEMENTS + states.shards[0] * plan.hidden_size)
+
+
+def _reading_bytes(plan: ProbePlan) -> int:
+    """Return what shards take on their way, a block, and the one in use."""
     # of a block: its shards' rows and where they are not finite, its doubles, those in use and a training set's of them
-    return chunks + waiting + block * (SINGLE + 1 + 3 * DOUBLE)
+    block = block_elements(plan, plan.design.n_samples)
+    return shard_bytes(plan) + block * (SINGLE + 1 + 3 * DOUBLE)
 
 
 def _job_bytes(plan: ProbePlan, one: Round) -> int:
@@ -140,10 +165,11 @@ def _solving_bytes(plan: ProbePlan, one: Round) -> int:
         _columns(plan, one),
         _n_together(plan, one),
     )
-    # moments by the training sets that samples are in, their eigenvectors, logits, weights; LAPACK's workspace; who
-    # is in which training set, and these sorted
-    each = 5 * d * d + LIVE_LOGITS * n * columns + 6 * columns * d
-    return DOUBLE * (together * each + 3 * d * d) + n * (2 * together + 6 * DOUBLE)
+    # sums of moments by kind of sample, then by training set; those and their eigenvectors; and then the latter, with
+    # logits and weights. LAPACK's workspace; who is in which training set, and these sorted
+    moments = (together + max(_count_sums(plan, one)[0], together)) * d * d
+    searching = together * (d * d + LIVE_LOGITS * n * columns + 6 * columns * d)
+    return DOUBLE * (max(moments, searching) + 3 * d * d) + n * (2 * together + 6 * DOUBLE)
 
 
 def _most_decided() -> int:
@@ -166,7 +192,7 @@ def _projecting_bytes(plan: ProbePlan) -> int:
     """Return what random directions take: projections of all splits or MOST_DECIDED, and a decision for each."""
     from mmextract.probes.evaluation import N_DIRECTIONS
 
-    n, n_splits = plan.design.n_samples, list_rounds(plan)[0].n_sets // len(plan.tasks)
+    n, n_splits = plan.design.n_samples, len(plan.tasks[0].folds) * list_rounds(plan)[0].n_folds
     projected = min(n * N_DIRECTIONS * n_splits, _most_decided() + n * N_DIRECTIONS)
     members = 3 * n * n_splits
     return DOUBLE * (2 * projected + _random_decisions(plan)) + members

@@ -125,9 +125,7 @@ def test_bench_large_probes_a_layer_from_the_disk(tmp_path: Path) -> None:
         results["auroc"] == pytest.approx(expected, abs=0.03)
         and expected < results["auroc of the best probe"]
     )
-    assert (
-        0.5 < results["peak ÷ predicted"] < 1.5
-    )  # at this size the process that draws the figures is the larger part
+    assert 0.5 < results["peak ÷ predicted"] <= 1
 
 
 @pytest.mark.timeout(300)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
+from mmextract.probes import intervals
 from mmextract.probes.intervals import (
     Interval,
     Reach,
@@ -68,6 +69,14 @@ def test_without_permutations_the_factor_is_that_of_nadeau_and_bengio() -> None:
     reach = reach_by_correction(RNG.normal(size=(4, 50)), folds, 0.95, seed=0)
     assert reach.own == pytest.approx([norm.ppf(0.975) * stretch_factor(5)] * 4)
     assert reach.together == pytest.approx(2.49 * stretch_factor(5), rel=0.05)
+
+
+def test_many_groups_are_drawn_for_in_parts_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    deviations = np.random.default_rng(0).normal(size=(5, 103))
+    whole = reach_by_correction(deviations, 5, 0.95, seed=3)
+    monkeypatch.setattr(intervals, "GROUPS_AT_ONCE", 10)
+    parts = reach_by_correction(deviations, 5, 0.95, seed=3)
+    assert parts.together == pytest.approx(whole.together, rel=1e-12) and parts.together > parts.own[0]
 
 
 def test_of_one_estimate_the_two_intervals_are_the_same_without_permutations_too() -> None:

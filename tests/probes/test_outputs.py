@@ -9,6 +9,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
+from mmextract.probes import score_table
 from mmextract.probes.outputs import FILES, fingerprint, make_record, write_outputs
 from mmextract.probes.rows import COLUMNS
 from mmextract.probes.summary import Summary
@@ -90,6 +91,20 @@ def test_scores_of_the_published_protocol_are_those_of_its_test_set(
     scores = pq.read_table(tmp_path / "scores.parquet").to_pandas()
     assert len(scores) == 6 * 24 and np.isfinite(scores["score"]).all()
     assert read_json(tmp_path)["design"]["control"] is None
+
+
+@pytest.mark.parametrize("rows", [7, 100, 1000])
+def test_scores_that_are_written_in_parts_are_the_same(
+    folder: Path, summary: Summary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    monkeypatch.setattr(score_table, "ROWS_AT_ONCE", rows)
+    with (tmp_path / "scores.parquet").open("wb") as file:
+        score_table.write_scores(summary, file)
+    parts = pq.ParquetFile(tmp_path / "scores.parquet")
+    whole = pq.ParquetFile(folder / "scores.parquet")
+    assert parts.read().equals(whole.read(), check_metadata=True)
+    sizes = [parts.metadata.row_group(i).num_rows for i in range(parts.num_row_groups)]
+    assert max(sizes) <= rows and len(sizes) > whole.num_row_groups == 1
 
 
 def test_a_second_run_replaces_the_first(folder: Path, summary: Summary, tmp_path: Path) -> None:

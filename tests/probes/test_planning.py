@@ -87,6 +87,24 @@ def test_rounds_are_what_a_run_fits(store: Path) -> None:
     assert sum(one.n_fits for one in list_rounds(plan)) == len(plan.tasks) * cell.find("label").n_fits
 
 
+def test_tasks_whose_splits_are_the_same_share_their_training_sets(store: Path, tmp_path: Path) -> None:
+    columns = paired_columns(40, 20)
+    states = np.random.default_rng(0).normal(size=(80, 1, 1, 4)).astype(np.float32)
+    other = make_store(tmp_path / "a.zarr", states, layers=[0], positions=["last"], columns=columns)
+    settings = replace(LEAN, repeats=2)
+    for place, changes, shared in ((store, {}, True), (other, {"label": "answer", "group": "none"}, False)):
+        plan = plan_probe(place, replace(settings, **changes))  # type: ignore[arg-type]
+        sets = {
+            (task.folds[repeat] != fold).tobytes()
+            for task in plan.tasks
+            for repeat in range(2)
+            for fold in range(2)
+        }
+        first, inner = list_rounds(plan)
+        assert first.n_labels == inner.n_labels == (2 if shared else 1)
+        assert first.n_sets == len(sets) == (4 if shared else 8) and inner.n_sets == 2 * first.n_sets
+
+
 def test_tests_are_in_batches_that_hold_every_label(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_probe(store, replace(LEAN, permutations=39))
     n_penalties, size = 2, 2 * (plan.design.n_samples + plan.hidden_size)

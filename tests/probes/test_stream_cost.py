@@ -8,13 +8,16 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from mmextract.probes import planning
+from mmextract.probes import planning, primal, stream_cost
 from mmextract.probes.blocks import StoredStates
 from mmextract.probes.metrics import FloatArray
 from mmextract.probes.planning import predict_task_bytes
+from mmextract.probes.rounds import list_rounds
 from mmextract.probes.run import plan_probe
 from mmextract.probes.scoring import score_cell
 from mmextract.probes.stream_cost import count_passes
@@ -68,3 +71,36 @@ def test_passes_are_about_as_many_as_predicted(store: Path, monkeypatch: pytest.
             len(passes),
             count_passes(plan),
         )
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 3])
+def test_second_moments_are_summed_into_as_many_matrices_as_predicted(
+    store: Path, monkeypatch: pytest.MonkeyPatch, repeats: int
+) -> None:
+    predicted: list[tuple[int, int]] = []
+    found: list[tuple[int, int]] = []
+    add = primal._add_square
+    totals: dict[int, int] = {}
+
+    def count(total: torch.Tensor, x: torch.Tensor) -> None:
+        totals[total.data_ptr()] = totals.get(total.data_ptr(), 0) + len(x)
+        add(total, x)
+
+    find = primal._find_moments
+
+    def watch(*arguments: Any) -> Any:
+        totals.clear()
+        moments = find(*arguments)
+        found.append((len(totals), sum(totals.values())))
+        return moments
+
+    monkeypatch.setattr(primal, "_add_square", count)
+    monkeypatch.setattr(primal, "_find_moments", watch)
+    settings = replace(LEAN, folds=5, repeats=repeats, layers=(1,), positions=("image",), stream="always")
+    plan = plan_probe(store, replace(settings, inner_folds=3))
+    score_cell(plan, 1, "image")
+    for one in reversed(list_rounds(plan)):  # C is chosen first
+        predicted.append(stream_cost._count_sums(plan, one))
+    assert len(found) == len(predicted)
+    for (sums, added), (most, expected) in zip(found, predicted, strict=True):
+        assert sums <= most and added == pytest.approx(expected, rel=0.05)
