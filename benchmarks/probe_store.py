@@ -44,6 +44,7 @@ def write_store(path: Path, n: int, n_layers: int, d: int, decay: float) -> Path
         "image": [f"{r // 2}.png" for r in row],
         "pair": (row // 2).tolist(),
         "identity_set": [names[r % 2] for r in row],
+        "third": [str(r // 2 % 3) for r in row],
     }
     rank = min(n, d)
     basis = rng.normal(size=(rank, d)).astype(np.float32)

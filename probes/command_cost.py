@@ -85,7 +85,9 @@ def describing_bytes(plan: ProbePlan, settings: DescriptionSettings) -> int:
     labelled = 3 * n * LABELLINGS_AT_ONCE * len(plan.design.classes)
     measuring = DOUBLE * (n * d + 4 * n * n + labelled) if settings.separability else 0
     projecting = DOUBLE * 3 * n * d if settings.projections else 0
-    if settings.separability and plan.other is not None:  # CKA: the other's states, and inner products of both
+    if (
+        settings.separability and plan.other is not None
+    ):  # CKA: the other's states, and inner products of both
         measuring = max(measuring, DOUBLE * (2 * n * d + 6 * n * n))
     return int(SLACK * (DOUBLE * n * d + max(reading, measuring, projecting)))
 
@@ -102,7 +104,9 @@ def _kept_bytes(plan: ProbePlan) -> int:
     n, repeats, n_outputs = plan.design.n_samples, len(plan.tasks[0].folds), list_rounds(plan)[0].n_outputs
     compared = plan.other is not None
     n_probed = len(plan.tasks) + compared
-    decided = n_probed * n * (repeats * (DOUBLE * n_outputs + 2) + DOUBLE)  # by probes, in which fold, of which class
+    decided = (
+        n_probed * n * (repeats * (DOUBLE * n_outputs + 2) + DOUBLE)
+    )  # by probes, in which fold, of which class
     n_scored = n_probed + 2 + compared  # baselines and difference
     moved = DOUBLE * N_METRICS * plan.design.n_groups * n_scored
     tested = DOUBLE * plan.settings.n_permutations * (1 + 2 * N_METRICS) * (3 if compared else 1)

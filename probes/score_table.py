@@ -54,7 +54,9 @@ def _make_schema(classes: tuple[str, ...]) -> pa.Schema:
     kinds = {"layer": pa.int32(), "repeat": pa.int16(), "fold": pa.int16()}
     fields = [(name, kinds.get(name, pa.string()), name) for name in COLUMNS if name != "score"]
     fields += [(name, pa.float64(), "score") for name in scores]
-    return pa.schema([pa.field(name, kind, metadata={"about": COLUMNS[about]}) for name, kind, about in fields])
+    return pa.schema(
+        [pa.field(name, kind, metadata={"about": COLUMNS[about]}) for name, kind, about in fields]
+    )
 
 
 def _make_tables(summary: Summary, schema: pa.Schema) -> Iterator[pa.Table]:

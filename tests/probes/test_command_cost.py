@@ -59,7 +59,17 @@ def test_the_command_takes_no_more_memory_than_predicted_and_at_least_half_of_it
     store = noise_store(tmp_path / "a.zarr", n_images, hidden_size)
     chosen = ["--folds", "2", "--repeats", "1", "--c", "0.01", "--permutations", "0", *options]
     worth = "0" if processes else "1e9"
-    command = [sys.executable, "-c", COMMAND, worth, "probe", str(store), *chosen, "-o", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-c",
+        COMMAND,
+        worth,
+        "probe",
+        str(store),
+        *chosen,
+        "-o",
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     peak, predicted = map(int, done.stdout.splitlines()[-1].split())
