@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from mmextract.probes.description import DescriptionSettings
 
 PICTURE_BYTES = 320 << 20
-"""What figures take, of which there are as many and as large ones as there are in a run of any size, at their most:
-300 MiB, for the PDF of twelve projections."""
+"""What figures and report take, whose number and size have bounds: 230 MiB with twelve projections, the most there are
+in a figure, nearly all of it for their PDF."""
 
-ROW_BYTES = 8 << 10
-"""A row of results, as an object, in tables and as JSON: 7 KiB, of 1,000 layers and positions."""
+ROW_BYTES = 10 << 10
+"""A row of results, as objects, in tables and as JSON; measured with 1,000 layers and positions."""
 
 SELECTIVE = 4
 """Rows of selectivity, of a layer and position."""
@@ -48,8 +48,11 @@ def predict_command_bytes(
 ) -> int:
     """Return the peak resident memory of the command's own process. plans: one a label; workers: as asked for."""
     kept = sum(plan_bytes(plan) + _kept_bytes(plan) for plan in plans)
-    scoring = max(_scoring_bytes(plan, workers, on_cluster) for plan in plans)
-    describing = max(choose_threads(plan, settings) * describing_bytes(plan, settings) for plan in plans)
+    scoring = 0 if on_cluster else max(_scoring_bytes(plan, workers) for plan in plans)
+    describing = max(
+        (1 if on_cluster else choose_threads(plan, settings)) * describing_bytes(plan, settings)
+        for plan in plans  # on a cluster CKA alone is computed here
+    )
     return BASE_BYTES + kept + max(scoring, describing + PICTURE_BYTES)
 
 
@@ -66,7 +69,7 @@ def check_command(needed: int) -> None:
 
 def describe_command(needed: int) -> str:
     """Return the line of a dry run on this process, in the form of `planning.describe`."""
-    return f"command    at most {format_gib(needed)} for its own process, that gathers scores, describes and draws"
+    return f"command    at most {format_gib(needed)} for its own process, which gathers scores, describes and draws"
 
 
 def choose_threads(plan: ProbePlan, settings: DescriptionSettings) -> int:
@@ -85,18 +88,15 @@ def describing_bytes(plan: ProbePlan, settings: DescriptionSettings) -> int:
     labelled = 3 * n * LABELLINGS_AT_ONCE * len(plan.design.classes)
     measuring = DOUBLE * (n * d + 4 * n * n + labelled) if settings.separability else 0
     projecting = DOUBLE * 3 * n * d if settings.projections else 0
-    if (
-        settings.separability and plan.other is not None
-    ):  # CKA: the other's states, and inner products of both
+    if settings.separability and plan.other is not None:  # CKA: the other's states, inner products of both
         measuring = max(measuring, DOUBLE * (2 * n * d + 6 * n * n))
     return int(SLACK * (DOUBLE * n * d + max(reading, measuring, projecting)))
 
 
-def _scoring_bytes(plan: ProbePlan, workers: int, on_cluster: bool) -> int:
+def _scoring_bytes(plan: ProbePlan, workers: int) -> int:
     """Return what scoring takes in this process."""
-    if on_cluster or choose_scheduler(plan, choose_workers(plan, workers, count_cores())) == "processes":
-        return 0
-    return predict_task_bytes(plan)
+    chosen = choose_workers(plan, workers, count_cores())
+    return 0 if choose_scheduler(plan, chosen) == "processes" else predict_task_bytes(plan)
 
 
 def _kept_bytes(plan: ProbePlan) -> int:
@@ -104,9 +104,8 @@ def _kept_bytes(plan: ProbePlan) -> int:
     n, repeats, n_outputs = plan.design.n_samples, len(plan.tasks[0].folds), list_rounds(plan)[0].n_outputs
     compared = plan.other is not None
     n_probed = len(plan.tasks) + compared
-    decided = (
-        n_probed * n * (repeats * (DOUBLE * n_outputs + 2) + DOUBLE)
-    )  # by probes, in which fold, of which class
+    # what probes say of each sample, in which fold, and its class
+    decided = n_probed * n * (repeats * (DOUBLE * n_outputs + 2) + DOUBLE)
     n_scored = n_probed + 2 + compared  # baselines and difference
     moved = DOUBLE * N_METRICS * plan.design.n_groups * n_scored
     tested = DOUBLE * plan.settings.n_permutations * (1 + 2 * N_METRICS) * (3 if compared else 1)

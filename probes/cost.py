@@ -57,9 +57,7 @@ def _round_seconds(plan: ProbePlan, one: Round) -> float:
     n, d, m = plan.design.n_samples, plan.hidden_size, one.n_rows
     fits = one.n_fits * one.n_outputs
     by_set = 1e-8 * n * d  # to gather, to centre and to scale
-    if (
-        find_solver(plan, m) == "dual" and one.n_outputs == 1
-    ):  # inner products, a factor a label, conjugate gradients
+    if find_solver(plan, m) == "dual" and one.n_outputs == 1:  # inner products, a factor a label, its use
         by_set += 2e-11 * m * m * d + 1.7e-11 * one.n_labels * m**3
         by_fit = 3.5e-9 * m * m
     else:  # inner products or second moments, their eigenvectors, and products of all samples with these

@@ -114,7 +114,7 @@ def reach_by_correction(deviations: FloatArray, folds: int, confidence: float, s
     if vary.sum() > 1:
         rng = np.random.default_rng([seed, 2])
         summed = np.zeros((int(vary.sum()), MULTIPLIERS))
-        for some in np.array_split(deviations[vary], max(1, deviations.shape[1] // GROUPS_AT_ONCE), axis=1):
+        for some in np.array_split(deviations[vary], -(-deviations.shape[1] // GROUPS_AT_ONCE), axis=1):
             summed += (some / errors[vary]) @ rng.normal(size=(some.shape[1], MULTIPLIERS))
         together = max(one, float(np.quantile(np.abs(summed).max(0), confidence)))
     return Reach(own=np.full(len(deviations), factor * one), together=factor * together)

@@ -157,9 +157,12 @@ def choose_workers(plan: ProbePlan, workers: int, cores: int) -> int:
     return min(workers or min(cores, most), len(plan.cells))
 
 
-def check_cluster(plan: ProbePlan, client: Client) -> None:
-    """Raise ValueError if a worker of the cluster has less memory than its tasks need, at one task a thread."""
-    for address, n_threads, limit, needed in _list_workers(plan, client):
+def check_cluster(plan: ProbePlan, client: Client, describing: int = 0) -> None:
+    """Raise ValueError if a worker of the cluster has less memory than its tasks need, at one task a thread.
+
+    describing: bytes that a task takes which describes, beside the probes.
+    """
+    for address, n_threads, limit, needed in _list_workers(plan, client, describing):
         if 0 < limit < needed:
             raise ValueError(
                 f"the worker {address} may use {format_gib(limit)}, and {n_threads} probes at a time take "
@@ -167,10 +170,10 @@ def check_cluster(plan: ProbePlan, client: Client) -> None:
             )
 
 
-def _list_workers(plan: ProbePlan, client: Client) -> list[tuple[str, int, int, int]]:
+def _list_workers(plan: ProbePlan, client: Client, describing: int = 0) -> list[tuple[str, int, int, int]]:
     """Return the address of each worker of a cluster, its threads, the bytes it may use, and those it needs."""
     workers: Mapping[str, Mapping[str, Any]] = client.scheduler_info(n_workers=-1)["workers"]
-    base, task = BASE_BYTES + plan_bytes(plan), predict_task_bytes(plan)
+    base, task = BASE_BYTES + plan_bytes(plan), max(predict_task_bytes(plan), describing)
     return [
         (address, int(w["nthreads"]), int(w["memory_limit"]), base + int(w["nthreads"]) * task)
         for address, w in workers.items()
@@ -188,18 +191,25 @@ def _advise(plan: ProbePlan) -> str:
     return f"probe fewer samples (--where), choose what can be streamed ({plan.settings.why_held}),"
 
 
-def describe(plan: ProbePlan, workers: int, seconds: float, client: Client | None = None) -> str:
-    """Return what would be done and what it would cost, for people. seconds: of one core. client: of a cluster."""
+def describe(
+    plan: ProbePlan, workers: int, seconds: float, client: Client | None = None, describing: int = 0
+) -> str:
+    """Return what would be done and what it would cost, for people. seconds: of one core.
+
+    client: of a cluster, whose workers describe, too; describing: bytes that this takes.
+    """
     cores = count_cores()
+    task = predict_task_bytes(plan) if client is None else max(predict_task_bytes(plan), describing)
     rounds = list_rounds(plan)
     solvers = " and ".join(dict.fromkeys(find_solver(plan, one.n_rows) for one in rounds))
     n_fits, n_tests = (sum(one.n_fits for one in some) for some in (rounds, list_tests(plan)))
     if client is None:
         chosen = choose_workers(plan, workers, cores)
         at_once = min(chosen, cores)
-        where = f"{chosen}: {format_gib(chosen * predict_bytes(plan))} of {format_gib(available_bytes())} that are free"
+        size = format_gib(chosen * predict_bytes(plan))
+        where = f"{chosen}: {size} of {format_gib(available_bytes())} that are free"
     else:
-        check_cluster(plan, client)
+        check_cluster(plan, client, describing)
         at_once = sum(n_threads for _, n_threads, _, _ in _list_workers(plan, client))
         where = f"{at_once} of the cluster"
     layers = ", ".join("embed" if layer < 0 else str(layer) for layer in plan.layers)
@@ -214,8 +224,8 @@ def describe(plan: ProbePlan, workers: int, seconds: float, client: Client | Non
         f"permutations, at each of {len(plan.cells):,} layers × positions",
         f"solver     {solvers}, training sets of {', '.join(f'{one.n_rows:,}' for one in rounds)} samples",
         f"states     {describe_states(plan)}",
-        f"memory     at most {format_gib(predict_bytes(plan))} a worker, "
-        f"{format_gib(predict_task_bytes(plan))} of it for the probes",
+        f"memory     at most {format_gib(BASE_BYTES + plan_bytes(plan) + task)} a worker, "
+        f"{format_gib(task)} of it for the probes",
         f"workers    {where}",
         f"time       about {_duration(seconds / max(1, at_once))}",
     ]

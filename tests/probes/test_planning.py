@@ -138,9 +138,11 @@ def test_a_cluster_whose_workers_are_too_small_is_refused(store: Path) -> None:
                 n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None, memory_limit=limit
             ) as cluster,
             Client(cluster) as client,
-            refused,
         ):
-            check_cluster(plan, client)
+            with refused:
+                check_cluster(plan, client)
+            with pytest.raises(ValueError, match="1 probes at a time take 9"):
+                check_cluster(plan, client, describing=9 << 30)
 
 
 def test_a_dry_run_says_what_it_would_do_and_does_nothing(store: Path, tmp_path: Path) -> None:
