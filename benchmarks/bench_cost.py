@@ -23,7 +23,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from harness import save, show
 from mmextract.probes.cost import predict_permutation, predict_seconds
-from mmextract.probes.run import plan_probe
+from mmextract.probes.run import ProbePlan, plan_probe
 from mmextract.probes.scoring import score_cell
 from mmextract.probes.settings import ProbeSettings
 from probe_store import write_store
@@ -37,6 +37,8 @@ STREAMED = ((20_000, 100), (20_000, 1000), (60_000, 400))
 DECAYS = (0.0, 0.5)
 """Powers by which spectra fall."""
 PERMUTATIONS = 20
+LEAST_SECONDS = 0.01
+"""That a permutation must be predicted to take to be measured: the difference of two runs."""
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "default": {},
     "one C, once": {"penalties": (0.01,), "repeats": 1},
@@ -71,14 +73,14 @@ def measure(
                     "seconds": taken,
                     "predicted": predict_seconds(plan),
                 }
-                if name == "default":
+                if name == "default" and predict_permutation(plan) > LEAST_SECONDS:
                     tested = replace(plan, settings=replace(settings, permutations=PERMUTATIONS))
                     found["seconds a permutation"] = (_time(tested) - taken) / PERMUTATIONS
                     found["predicted a permutation"] = predict_permutation(plan)
                 yield found
 
 
-def _time(plan: Any) -> float:
+def _time(plan: ProbePlan) -> float:
     started = time.process_time()
     score_cell(plan, 0, "last")
     return time.process_time() - started

@@ -179,20 +179,13 @@ def probe(
             dict.fromkeys(text for plan in plans for text in plan.design.notes),
             dict.fromkeys(text for plan in plans for text in plan.design.warnings),
         )
-        needed = command_cost.predict_command_bytes(plans, wished, workers, on_cluster=client is not None)
-        sizes = [command_cost.describing_bytes(plan, wished) for plan in plans]
         if dry_run:
-            texts = (
-                planning.describe(plan, workers, predict_seconds(plan), client, size)
-                for plan, size in zip(plans, sizes, strict=True)
-            )
-            click.echo("\n\n".join(texts))
+            texts = (planning.describe(plan, workers, predict_seconds(plan), client) for plan in plans)
+            click.echo("\n\n".join(texts) + ("\n" if len(plans) > 1 else ""))
+            needed = command_cost.predict_command_bytes(plans, wished, workers, on_cluster=client is not None)
             click.echo(command_cost.describe_command(needed))
             return
-        command_cost.check_command(needed)
-        if client is not None:
-            for plan, size in zip(plans, sizes, strict=True):
-                planning.check_cluster(plan, client, size)
+        command_cost.check_command(plans, wished, workers, client=client)
         with progress_bar("probe", sum(len(plan.cells) for plan in plans), "probes") as advance:
             summaries = [
                 Summary(plan, run_probe(plan, workers=workers, **cluster, on_progress=advance))

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mmextract.probes.rounds import Round, find_solver, list_rounds
-from mmextract.probes.stream_cost import streamed_permutation_seconds, streamed_seconds
+from mmextract.probes.stream_cost import EIGEN_SECONDS, streamed_permutation_seconds, streamed_seconds
 
 if TYPE_CHECKING:
     from mmextract.probes.run import ProbePlan
@@ -38,21 +38,20 @@ def predict_seconds(plan: ProbePlan) -> float:
     tests = settings.n_permutations * predict_permutation(plan)
     if plan.streamed_elements:
         return len(plan.cells) * streamed_seconds(plan) + tests
-    rounds = list_rounds(plan)
+    theirs = [] if plan.other is None else list_rounds(plan, plan.tasks[:1])  # of the other, the label alone
+    rounds = (*list_rounds(plan), *theirs)
     if settings.preset == "paper" or settings.solver in ("sklearn", "cuml"):
         scores = sum(one.n_fits for one in rounds) * (3e-3 + 5e-10 * n * min(n, d) ** 2)
     else:
         scores = CELL_SECONDS + sum(_round_seconds(plan, one) for one in rounds)
-    n_stores = 1 if plan.other is None else 1 + 1 / len(plan.tasks)  # of the other, the label alone
-    return len(plan.cells) * n_stores * scores + tests
+    return len(plan.cells) * scores + tests
 
 
 def _round_seconds(plan: ProbePlan, one: Round) -> float:
     """Return roughly how long our own solvers take for a round on states that are held.
 
-    Fitted to 73 runs of 60 to 10,000 samples × 16 to 4096 features, of flat and steep spectra, two and three classes,
-    one, two and five values of C, with label and control alike or not: between 0.4 and 1.4 of what was measured, half
-    of them within a tenth.
+    Fitted to what `benchmarks/bench_cost.py` measures, shapes of 60 to 10,000 samples × 16 to 4096 features with flat
+    and steep spectra, two and three classes: 0.4 to 1.6 of that, 1.0 in the median (`probe_cost.json`).
     """
     n, d, m = plan.design.n_samples, plan.hidden_size, one.n_rows
     fits = one.n_fits * one.n_outputs
@@ -62,7 +61,7 @@ def _round_seconds(plan: ProbePlan, one: Round) -> float:
         by_fit = 3.5e-9 * m * m
     else:  # inner products or second moments, their eigenvectors, and products of all samples with these
         k = min(m, d)
-        by_set += 2e-11 * m * k * d + 4.2e-10 * k**3
+        by_set += 2e-11 * m * k * d + EIGEN_SECONDS * k**3
         by_fit = 4e-9 * n * k
     return one.n_sets * by_set + fits * (2.8e-4 + by_fit)
 

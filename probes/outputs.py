@@ -246,7 +246,10 @@ def replace_all(folder: Path, contents: Mapping[str, Content]) -> list[Path]:
     try:
         for name, content in contents.items():
             with temporary[name].open("wb") as file:
-                file.write(content) if isinstance(content, bytes) else content(file)
+                if isinstance(content, bytes):
+                    file.write(content)
+                else:
+                    content(file)
         for name, path in temporary.items():
             path.replace(folder / name)
     finally:

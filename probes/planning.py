@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from mmextract.engine.store import open_store
+from mmextract.probes.kept_cost import kept_bytes
 from mmextract.probes.rounds import Round, find_solver, list_rounds, list_tests
 from mmextract.probes.stream_cost import count_passes, streamed_task_bytes
 
@@ -128,11 +129,11 @@ def fits(plan: ProbePlan, client: Client | None = None) -> bool:
     For states that are streamed a worker of a cluster must have memory for a probe in each of its threads.
     """
     if client is None:
-        return predict_bytes(plan) <= available_bytes()
+        return _most_workers(plan) >= 1
     one = predict_bytes(plan)
     return all(
         limit <= 0 or (needed if plan.streamed_elements else one) <= limit
-        for _, _, limit, needed in _list_workers(plan, client)
+        for _, _, limit, needed in list_workers(plan, client, predict_task_bytes(plan))
     )
 
 
@@ -142,27 +143,29 @@ def fits_amply(plan: ProbePlan) -> bool:
     return n_workers * predict_bytes(plan) <= AMPLE * available_bytes()
 
 
+def _most_workers(plan: ProbePlan) -> int:
+    """Return how many workers fit into what is free, beside what this process keeps: scores, a plan for each."""
+    return max(0, available_bytes() - kept_bytes(plan)) // (predict_bytes(plan) + plan_bytes(plan))
+
+
 def choose_workers(plan: ProbePlan, workers: int, cores: int) -> int:
     """Return the number of worker processes: `workers`, or for 0 one a core, as far as memory suffices.
 
     Raises ValueError if not one of them fits, or not as many as were asked for, saying what would.
     """
-    most = available_bytes() // predict_bytes(plan)
+    most = _most_workers(plan)
     if most < max(1, workers):
         raise ValueError(
-            f"{max(1, workers)} workers of {format_gib(predict_bytes(plan))} each do not fit into the "
-            f"{format_gib(available_bytes())} of memory that are free: "
+            f"{max(1, workers)} workers of {format_gib(predict_bytes(plan))} each, and {format_gib(kept_bytes(plan))} "
+            f"of scores, do not fit into the {format_gib(available_bytes())} of memory that are free: "
             + (f"give --workers {most}" if most else f"{_advise(plan)} or on a larger machine")
         )
     return min(workers or min(cores, most), len(plan.cells))
 
 
-def check_cluster(plan: ProbePlan, client: Client, describing: int = 0) -> None:
-    """Raise ValueError if a worker of the cluster has less memory than its tasks need, at one task a thread.
-
-    describing: bytes that a task takes which describes, beside the probes.
-    """
-    for address, n_threads, limit, needed in _list_workers(plan, client, describing):
+def check_cluster(plan: ProbePlan, client: Client) -> None:
+    """Raise ValueError if a worker of the cluster has less memory than its tasks need, at one task a thread."""
+    for address, n_threads, limit, needed in list_workers(plan, client, predict_task_bytes(plan)):
         if 0 < limit < needed:
             raise ValueError(
                 f"the worker {address} may use {format_gib(limit)}, and {n_threads} probes at a time take "
@@ -170,10 +173,13 @@ def check_cluster(plan: ProbePlan, client: Client, describing: int = 0) -> None:
             )
 
 
-def _list_workers(plan: ProbePlan, client: Client, describing: int = 0) -> list[tuple[str, int, int, int]]:
-    """Return the address of each worker of a cluster, its threads, the bytes it may use, and those it needs."""
+def list_workers(plan: ProbePlan, client: Client, task: int) -> list[tuple[str, int, int, int]]:
+    """Return the address of each worker of a cluster, its threads, the bytes it may use, and those it needs.
+
+    task: bytes that a task takes at its peak.
+    """
     workers: Mapping[str, Mapping[str, Any]] = client.scheduler_info(n_workers=-1)["workers"]
-    base, task = BASE_BYTES + plan_bytes(plan), max(predict_task_bytes(plan), describing)
+    base = BASE_BYTES + plan_bytes(plan)
     return [
         (address, int(w["nthreads"]), int(w["memory_limit"]), base + int(w["nthreads"]) * task)
         for address, w in workers.items()
@@ -191,15 +197,9 @@ def _advise(plan: ProbePlan) -> str:
     return f"probe fewer samples (--where), choose what can be streamed ({plan.settings.why_held}),"
 
 
-def describe(
-    plan: ProbePlan, workers: int, seconds: float, client: Client | None = None, describing: int = 0
-) -> str:
-    """Return what would be done and what it would cost, for people. seconds: of one core.
-
-    client: of a cluster, whose workers describe, too; describing: bytes that this takes.
-    """
+def describe(plan: ProbePlan, workers: int, seconds: float, client: Client | None = None) -> str:
+    """Return what would be done and what it would cost, for people. seconds: of one core. client: of a cluster."""
     cores = count_cores()
-    task = predict_task_bytes(plan) if client is None else max(predict_task_bytes(plan), describing)
     rounds = list_rounds(plan)
     solvers = " and ".join(dict.fromkeys(find_solver(plan, one.n_rows) for one in rounds))
     n_fits, n_tests = (sum(one.n_fits for one in some) for some in (rounds, list_tests(plan)))
@@ -209,8 +209,8 @@ def describe(
         size = format_gib(chosen * predict_bytes(plan))
         where = f"{chosen}: {size} of {format_gib(available_bytes())} that are free"
     else:
-        check_cluster(plan, client, describing)
-        at_once = sum(n_threads for _, n_threads, _, _ in _list_workers(plan, client))
+        check_cluster(plan, client)
+        at_once = sum(n_threads for _, n_threads, _, _ in list_workers(plan, client, 0))
         where = f"{at_once} of the cluster"
     layers = ", ".join("embed" if layer < 0 else str(layer) for layer in plan.layers)
     d, n = plan.hidden_size, plan.design.n_samples
@@ -224,8 +224,8 @@ def describe(
         f"permutations, at each of {len(plan.cells):,} layers × positions",
         f"solver     {solvers}, training sets of {', '.join(f'{one.n_rows:,}' for one in rounds)} samples",
         f"states     {describe_states(plan)}",
-        f"memory     at most {format_gib(BASE_BYTES + plan_bytes(plan) + task)} a worker, "
-        f"{format_gib(task)} of it for the probes",
+        f"memory     at most {format_gib(predict_bytes(plan))} a worker, "
+        f"{format_gib(predict_task_bytes(plan))} of it for the probes",
         f"workers    {where}",
         f"time       about {_duration(seconds / max(1, at_once))}",
     ]

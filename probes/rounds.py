@@ -49,15 +49,19 @@ class Round:
         return self.n_labels * self.n_outputs
 
 
-def list_rounds(plan: ProbePlan) -> list[Round]:
-    """Return what one layer and position takes: the choice of C if there is one, and the probes that are scored."""
-    settings, n = plan.settings, plan.design.n_samples
+def list_rounds(plan: ProbePlan, tasks: Sequence[Task] | None = None) -> list[Round]:
+    """Return what one layer and position takes: the probes that are scored, and the choice of C if there is one.
+
+    tasks: of the plan, if not all of them.
+    """
+    settings, n, tasks = plan.settings, plan.design.n_samples, tasks or plan.tasks
     n_classes = len(plan.design.classes)
     n_outputs = 1 if n_classes == 2 else n_classes
-    n_repeats, folds = len(plan.tasks[0].folds), int(plan.tasks[0].folds.max()) + 1
-    n_labels = _count_sharing(plan.tasks)
-    n_sets = len(plan.tasks) // n_labels * n_repeats * folds
-    n_rows = n - n // folds
+    first_split = tasks[0].folds[0]
+    n_repeats, folds = len(tasks[0].folds), int(first_split.max()) + 1
+    n_labels = _count_sharing(tasks)
+    n_sets = len(tasks) // n_labels * n_repeats * folds
+    n_rows = n - int(np.bincount(first_split[first_split >= 0]).min())
     first = Round(
         n_rows=n_rows,
         n_sets=n_sets,

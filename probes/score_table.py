@@ -1,4 +1,4 @@
-"""What each probe said of each sample that it had not seen: scores.parquet, one table a layer and position at a time.
+"""What each probe said of each sample that it had not seen: scores.parquet, written a part at a time.
 
 All of it at once would take a hundred bytes for each sample, repeat, task, layer and position.
 """
@@ -29,7 +29,7 @@ COLUMNS = {
 """What each column means."""
 
 ROWS_AT_ONCE = 1 << 18
-"""Of a row group, and in memory."""
+"""Of a row group; in memory are up to twice as many."""
 
 
 def write_scores(summary: Summary, file: IO[bytes]) -> None:
@@ -41,11 +41,13 @@ def write_scores(summary: Summary, file: IO[bytes]) -> None:
     schema = _make_schema(summary.plan.design.classes)
     with pa.parquet.ParquetWriter(file, schema, compression="zstd") as writer:
         waiting: list[pa.Table] = []
+        n_rows = 0
         for table in _make_tables(summary, schema):
-            if sum(map(len, waiting)) + len(table) > ROWS_AT_ONCE:
+            if n_rows + len(table) > ROWS_AT_ONCE:
                 writer.write_table(pa.concat_tables(waiting))
-                waiting = []
+                waiting, n_rows = [], 0
             waiting.append(table)
+            n_rows += len(table)
         writer.write_table(pa.concat_tables(waiting))
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mmextract.engine.store import open_store
+from mmextract.engine.store import Store, open_store
 from mmextract.probes import blocks, permutation
+from mmextract.probes.kept_cost import count_deviations
 from mmextract.probes.rounds import Round, list_rounds, list_tests
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ MOMENT_FLOPS, PRODUCT_FLOPS = 3e10, 6e9
 """Double-precision operations a second of one core: of second moments, which take D² a sample as they are symmetric,
 and of products with a few columns."""
 
-EIGEN_SECONDS = 3e-10
-"""Of one core, times D³: what `cost` takes for a training set's eigenvectors."""
+EIGEN_SECONDS = 4.2e-10
+"""Of one core, times D³: a training set's eigenvectors."""
 
 
 def streamed_task_bytes(plan: ProbePlan) -> int:
@@ -40,10 +41,9 @@ def streamed_task_bytes(plan: ProbePlan) -> int:
     asked = max(_job_bytes(plan, one) for one in rounds)
     solving = max(_solving_bytes(plan, one) for one in rounds)
     deciding = DOUBLE * max(min(_most_decided(), _decided(plan, one)) for one in rounds) * 2
-    fitting = asked + max(solving, deciding) + _reading_bytes(plan)
-    return _kept_bytes(plan) + max(
-        fitting, _reading_bytes(plan) + _projecting_bytes(plan), _scoring_bytes(plan)
-    )
+    reading = _reading_bytes(plan)
+    fitting = asked + max(solving, deciding) + reading
+    return _kept_bytes(plan) + max(fitting, reading + _projecting_bytes(plan), _scoring_bytes(plan))
 
 
 def count_passes(plan: ProbePlan) -> int:
@@ -56,11 +56,11 @@ def streamed_seconds(plan: ProbePlan) -> float:
     """Return roughly how long one core takes for one layer and position, permutations apart."""
     n, d = plan.design.n_samples, plan.hidden_size
     seconds = 0.0
-    for one in list_rounds(plan):
+    theirs = [] if plan.other is None else list_rounds(plan, plan.tasks[:1])  # of the other, the label alone
+    for one in (*list_rounds(plan), *theirs):
         seconds += _count_batches(plan, one) * (PASSES * _pass_seconds(plan) + _moment_seconds(plan, one))
         seconds += PASSES * 2 * n * d * one.n_fits * one.n_outputs / PRODUCT_FLOPS
-    stores = 1 if plan.other is None else 1 + 1 / len(plan.tasks)
-    return stores * seconds
+    return seconds
 
 
 def streamed_permutation_seconds(plan: ProbePlan) -> float:
@@ -83,14 +83,19 @@ def _moment_seconds(plan: ProbePlan, one: Round) -> float:
 
 
 def _count_sums(plan: ProbePlan, one: Round) -> tuple[int, int]:
-    """Return how many matrices a batch's second moments are summed into, and the samples added to them in all.
+    """Return how many matrices a batch's second moments are summed into at most, and the samples added to them in all.
 
     See `primal._find_moments`. Splits know nothing of each other, so that among the groups of several of them nearly
-    all combinations of their parts occur, if there are as many groups.
+    all combinations of their parts occur, if there are as many groups. The samples are those of batches that hold
+    whole splits.
     """
-    n_sets = _n_together(plan, one)
-    kinds = min((one.n_folds + (one.n_outside > 0)) ** -(-n_sets // one.n_folds), plan.design.n_groups)
-    return (kinds, plan.design.n_samples) if kinds <= 4 * n_sets else (n_sets, n_sets * one.n_rows)
+    n_sets, n_groups = _n_together(plan, one), plan.design.n_groups
+    n_parts = one.n_folds + (one.n_outside > 0)
+    whole = -(-n_sets // one.n_folds)
+    torn = whole if n_sets == one.n_sets else (n_sets - 2) // one.n_folds + 2  # a batch begins within a split
+    most = max(n_sets, min(4 * n_sets, n_parts**torn, max(2, n_groups)))
+    shared = min(n_parts**whole, n_groups) <= 4 * n_sets
+    return most, plan.design.n_samples if shared else n_sets * one.n_rows
 
 
 def _pass_seconds(plan: ProbePlan) -> float:
@@ -125,29 +130,29 @@ def _count_batches(plan: ProbePlan, one: Round) -> int:
     return parts * -(-one.n_sets // _n_together(plan, one))
 
 
-def shard_bytes(plan: ProbePlan) -> int:
+def shard_bytes(store: Store) -> int:
     """Return what shards take on their way, for one who reads them: chunks being decoded, and rows that wait."""
-    states = open_store(plan.store).hidden_states
+    states = store.hidden_states
     assert states.shards is not None
-    d, shard = plan.hidden_size, states.shards[0]
-    n_shards = -(-plan.n_stored // shard)
+    d, shard = store.hidden_size, states.shards[0]
+    n_shards = -(-states.shape[0] // shard)
     readers = min(blocks.count_readers(), n_shards)
     chunks = 3 * readers * states.dtype.itemsize * shard * states.shape[2] * d
     return chunks + SINGLE * min(2 * readers, n_shards) * shard * d
 
 
-def block_elements(plan: ProbePlan, n: int) -> int:
+def block_elements(store: Store, n: int) -> int:
     """Return the elements of a block of n samples' states, at most."""
-    states = open_store(plan.store).hidden_states
-    assert states.shards is not None
-    return min(n * plan.hidden_size, blocks.BLOCK_ELEMENTS + states.shards[0] * plan.hidden_size)
+    d = store.hidden_size
+    return min(n * d, blocks.BLOCK_ELEMENTS + store.shard_samples * d)
 
 
 def _reading_bytes(plan: ProbePlan) -> int:
     """Return what shards take on their way, a block, and the one in use."""
     # of a block: its shards' rows and where they are not finite, its doubles, those in use and a training set's of them
-    block = block_elements(plan, plan.design.n_samples)
-    return shard_bytes(plan) + block * (SINGLE + 1 + 3 * DOUBLE)
+    store = open_store(plan.store)
+    block = block_elements(store, plan.design.n_samples)
+    return shard_bytes(store) + block * (SINGLE + 1 + 3 * DOUBLE)
 
 
 def _job_bytes(plan: ProbePlan, one: Round) -> int:
@@ -158,6 +163,7 @@ def _job_bytes(plan: ProbePlan, one: Round) -> int:
 
 def _solving_bytes(plan: ProbePlan, one: Round) -> int:
     from mmextract.probes.batches import LIVE_LOGITS
+    from mmextract.probes.newton import LARGEST_HESSIAN
 
     n, d, columns, together = (
         plan.design.n_samples,
@@ -165,11 +171,14 @@ def _solving_bytes(plan: ProbePlan, one: Round) -> int:
         _columns(plan, one),
         _n_together(plan, one),
     )
-    # sums of moments by kind of sample, then by training set; those and their eigenvectors; and then the latter, with
-    # logits and weights. LAPACK's workspace; who is in which training set, and these sorted
-    moments = (together + max(_count_sums(plan, one)[0], together)) * d * d
-    searching = together * (d * d + LIVE_LOGITS * n * columns + 6 * columns * d)
-    return DOUBLE * (max(moments, searching) + 3 * d * d) + n * (2 * together + 6 * DOUBLE)
+    # sums of moments by kind of sample, then by training set, and one being made symmetric; those and their
+    # eigenvectors, and LAPACK's workspace; and then the latter, with logits, weights, and a Hessian if one is needed
+    parameters = (d + 1) * one.n_outputs
+    hessian = 2 * parameters**2 + 4 * d * d if parameters <= LARGEST_HESSIAN else 0
+    moments = (together + max(_count_sums(plan, one)[0], together) + 3) * d * d
+    searching = together * (d * d + LIVE_LOGITS * n * columns + 6 * columns * d) + hessian
+    # and who is in which training set, and these sorted
+    return DOUBLE * max(moments, searching) + n * (2 * together + 6 * DOUBLE)
 
 
 def _most_decided() -> int:
@@ -208,7 +217,7 @@ def _kept_bytes(plan: ProbePlan) -> int:
     """Return what is kept to the end: each task's decisions, and how far each group moves each of its scores."""
     n, repeats = plan.design.n_samples, len(plan.tasks[0].folds)
     tasks = len(plan.tasks) + (plan.other is not None)
-    return DOUBLE * tasks * (repeats * n * list_rounds(plan)[0].n_outputs + 8 * plan.design.n_groups)
+    return DOUBLE * tasks * (repeats * n * list_rounds(plan)[0].n_outputs + 8 * count_deviations(plan))
 
 
 def _scoring_bytes(plan: ProbePlan) -> int:

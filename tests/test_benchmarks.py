@@ -110,6 +110,18 @@ def test_bench_probe_compares_solvers_at_equal_residuals(tmp_path: Path) -> None
 
 
 @pytest.mark.timeout(300)
+def test_bench_cost_holds_predictions_against_what_is_taken(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "bench_cost.py"), "--smallest", "2"]
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "out.json")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert len(results["runs"]) == 2 * 2 * 4 and not any(run["streamed"] for run in results["runs"])
+    assert 1 / 5 < results["ratios"]["held, median"] < 5
+
+
+@pytest.mark.timeout(300)
 def test_bench_large_probes_a_layer_from_the_disk(tmp_path: Path) -> None:
     sizes = ["--samples", "6000", "--features", "80", "--folds", "3", "--c", "10", "--stream", "always"]
     command = [sys.executable, str(BENCHMARKS / "bench_large.py"), *sizes, "--folder", str(tmp_path)]

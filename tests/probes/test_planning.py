@@ -42,11 +42,12 @@ print(json.dumps([base, peak(), predict_bytes(large), predict_task_bytes(large)]
 """
 
 
-def noise_store(path: Path, n_images: int, hidden_size: int) -> Path:
+def noise_store(path: Path, n_images: int, hidden_size: int, n_layers: int = 1, seed: int = 0) -> Path:
     columns = paired_columns(n_images, n_images // 2)
     columns["third"] = [str(row // 2 % 3) for row in range(2 * n_images)]
-    states = np.random.default_rng(0).normal(size=(2 * n_images, 1, 1, hidden_size)).astype(np.float32)
-    return make_store(path, states, layers=[0], positions=["last"], columns=columns)
+    shape = (2 * n_images, n_layers, 1, hidden_size)
+    states = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    return make_store(path, states, layers=list(range(n_layers)), positions=["last"], columns=columns)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_workers_are_as_many_as_fit(store: Path, monkeypatch: pytest.MonkeyPatch
     assert choose_workers(plan, 0, cores=8) == 3
     assert choose_workers(plan, 0, cores=2) == 2
     assert choose_workers(plan, 3, cores=1) == 3
-    with pytest.raises(ValueError, match=r"4 workers of .* GiB each do not fit .*--workers 3"):
+    with pytest.raises(ValueError, match=r"4 workers of .* GiB each, and .* do not fit .*--workers 3"):
         choose_workers(plan, 4, cores=8)
     monkeypatch.setattr(planning, "available_bytes", lambda: 1)
     with pytest.raises(ValueError, match=r"1 workers of .* larger machine"):
@@ -138,11 +139,9 @@ def test_a_cluster_whose_workers_are_too_small_is_refused(store: Path) -> None:
                 n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None, memory_limit=limit
             ) as cluster,
             Client(cluster) as client,
+            refused,
         ):
-            with refused:
-                check_cluster(plan, client)
-            with pytest.raises(ValueError, match="1 probes at a time take 9"):
-                check_cluster(plan, client, describing=9 << 30)
+            check_cluster(plan, client)
 
 
 def test_a_dry_run_says_what_it_would_do_and_does_nothing(store: Path, tmp_path: Path) -> None:

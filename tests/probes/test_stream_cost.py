@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from mmextract.probes import planning, primal, stream_cost
-from mmextract.probes.blocks import StoredStates
+from mmextract.probes.batches import LIVE_LOGITS
+from mmextract.probes.blocks import Blocks, StoredStates
 from mmextract.probes.metrics import FloatArray
 from mmextract.probes.planning import predict_task_bytes
 from mmextract.probes.rounds import list_rounds
@@ -73,34 +74,32 @@ def test_passes_are_about_as_many_as_predicted(store: Path, monkeypatch: pytest.
         )
 
 
-@pytest.mark.parametrize("repeats", [1, 2, 3])
-def test_second_moments_are_summed_into_as_many_matrices_as_predicted(
-    store: Path, monkeypatch: pytest.MonkeyPatch, repeats: int
+@pytest.mark.parametrize("n_together", [1, 4, 6, 13, 100])
+@pytest.mark.parametrize(("repeats", "folds"), [(1, 5), (2, 5), (3, 5), (2, 10)])
+def test_second_moments_are_summed_into_no_more_matrices_than_predicted(
+    store: Path, monkeypatch: pytest.MonkeyPatch, repeats: int, folds: int, n_together: int
 ) -> None:
-    predicted: list[tuple[int, int]] = []
     found: list[tuple[int, int]] = []
-    add = primal._add_square
-    totals: dict[int, int] = {}
+    find, unique = primal._find_moments, torch.unique
 
-    def count(total: torch.Tensor, x: torch.Tensor) -> None:
-        totals[total.data_ptr()] = totals.get(total.data_ptr(), 0) + len(x)
-        add(total, x)
+    def watch(states: Blocks, members: torch.Tensor, scale: bool) -> Any:
+        kinds = unique(members, dim=1)
+        own = kinds.shape[1] > 4 * len(members)
+        rows = members.sum() if own else members.any(0).sum()
+        found.append((len(members) if own else kinds.shape[1], int(rows)))
+        return find(states, members, scale)
 
-    find = primal._find_moments
-
-    def watch(*arguments: Any) -> Any:
-        totals.clear()
-        moments = find(*arguments)
-        found.append((len(totals), sum(totals.values())))
-        return moments
-
-    monkeypatch.setattr(primal, "_add_square", count)
     monkeypatch.setattr(primal, "_find_moments", watch)
-    settings = replace(LEAN, folds=5, repeats=repeats, layers=(1,), positions=("image",), stream="always")
-    plan = plan_probe(store, replace(settings, inner_folds=3))
+    settings = replace(LEAN, folds=folds, repeats=repeats, inner_folds=3, layers=(1,), positions=("image",))
+    plan = plan_probe(store, replace(settings, stream="always"))
+    size = 2 * plan.hidden_size**2 + LIVE_LOGITS * plan.design.n_samples * 2 * len(plan.tasks)
+    plan = replace(plan, streamed_elements=n_together * size)
     score_cell(plan, 1, "image")
     for one in reversed(list_rounds(plan)):  # C is chosen first
-        predicted.append(stream_cost._count_sums(plan, one))
-    assert len(found) == len(predicted)
-    for (sums, added), (most, expected) in zip(found, predicted, strict=True):
-        assert sums <= most and added == pytest.approx(expected, rel=0.05)
+        most, rows = stream_cost._count_sums(plan, one)
+        n_batches = stream_cost._count_batches(plan, one)
+        batches, found = found[:n_batches], found[n_batches:]
+        assert max(sums for sums, _ in batches) <= most
+        if n_batches == 1:
+            assert batches[0][1] == pytest.approx(rows, rel=0.05)
+    assert not found
