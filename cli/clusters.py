@@ -180,7 +180,7 @@ def _wait_for_workers(client: Client, address: str, patience: float) -> None:
 
 
 def _check_versions(client: Client) -> None:
-    from mmextract.engine.workers import PACKAGES, check_same, find_versions
+    from mmextract.engine.versions import PACKAGES, check_same, find_versions
 
     names = PACKAGES
 

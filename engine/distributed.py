@@ -40,13 +40,12 @@ from mmextract.engine.models import ModelSpec
 from mmextract.engine.objects import Objects
 from mmextract.engine.pipeline import ShardRows, Written
 from mmextract.engine.rows import Row
+from mmextract.engine.versions import WorkerMismatchError, find_versions
 from mmextract.engine.workers import (
     Job,
     JobPlugin,
-    WorkerMismatchError,
     describe_facts,
     facts_task,
-    find_versions,
     longest_task,
     shard_task,
 )

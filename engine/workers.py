@@ -7,13 +7,11 @@ to workers, nor about the client.
 
 from __future__ import annotations
 
-import platform
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import metadata
 from typing import Any
 
 from distributed import Worker, WorkerPlugin, get_worker
@@ -26,17 +24,11 @@ from mmextract.engine.models import Adapter, ModelSpec, load
 from mmextract.engine.objects import locate
 from mmextract.engine.pipeline import Recipe, ShardRows, Written, torch_threads, write_shards
 from mmextract.engine.rows import Row
+from mmextract.engine.versions import WorkerMismatchError, check_same, find_versions, list_differing
 from mmextract.engine.writer import StoreWriter
-
-PACKAGES = ("mmextract", "torch", "transformers", "zarr", "numpy")
-"""Whose versions client and workers must share."""
 
 _model_in_use = threading.Lock()
 """A worker may have several threads; hooks on a model are for one at a time."""
-
-
-class WorkerMismatchError(ValueError):
-    """A worker has other versions, another model or another store than the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,18 +58,6 @@ class JobPlugin(WorkerPlugin):
     def teardown(self, worker: Worker) -> None:
         """Free the model."""
         _load.cache_clear()
-
-
-def find_versions() -> dict[str, str]:
-    """Return the versions that decide what a store holds, and Python's."""
-
-    def version(name: str) -> str:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            return "not installed"
-
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 @lru_cache(maxsize=1)
@@ -127,30 +107,12 @@ def _checked(job: Job, address: str) -> Adapter:
     adapter = _load(job.model)
     theirs = describe_facts({"model": adapter.describe(), "device": adapter.device.type})
     if theirs != job.facts:
-        names = [f"model.{name}" for name in _differing(job.facts["model"], theirs["model"])]
-        names += [name for name in _differing(job.facts, theirs) if name != "model"]
+        names = [f"model.{name}" for name in list_differing(job.facts["model"], theirs["model"])]
+        names += [name for name in list_differing(job.facts, theirs) if name != "model"]
         raise WorkerMismatchError(
             f"worker {address} has another model than the run was planned with; what differs: {', '.join(names)}"
         )
     return adapter
-
-
-def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    return sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
-
-
-def check_same(ours: Mapping[str, str], theirs: Mapping[str, Mapping[str, str]]) -> None:
-    """Compare versions of the client with those of workers, by address. Raises WorkerMismatchError: who has what."""
-    lines = [
-        f"worker {address} has {name} {versions.get(name)}, this process has {ours[name]}"
-        for address, versions in sorted(theirs.items())
-        for name in _differing(ours, versions)
-    ]
-    if lines:
-        raise WorkerMismatchError(
-            "client and workers must be of the same versions, for they write one store:\n  "
-            + "\n  ".join(lines)
-        )
 
 
 def describe_facts(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "engine": {"engine", "kernels"},
-    "probes": {"probes", "engine.store", "engine.cluster"},  # a store's states, and where tasks may run
+    # a store's states; where tasks may run, and on whom
+    "probes": {"probes", "engine.store", "engine.cluster", "engine.versions"},
     "cli": {"cli", "engine", "kernels", "probes"},
 }
 EXPERIMENT = {"engine.experiment", "engine.steps", "engine.rows", "engine.identities"}

@@ -18,7 +18,7 @@ from mmextract.engine.lease import Lease, LeaseLostError, StoreBusyError
 from mmextract.engine.models import load
 from mmextract.engine.objects import LocalObjects
 from mmextract.engine.store import open_store
-from mmextract.engine.workers import WorkerMismatchError, check_same, find_versions
+from mmextract.engine.versions import WorkerMismatchError, check_same, find_versions
 from tests.engine.cluster_runs import dump_here, local_cluster, make_spec, plan_on, worker_pids, write_data
 from tests.engine.test_store import tree
 from tests.engine.tiny_models import save_text_model

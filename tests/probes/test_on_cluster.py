@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from distributed import Client, LocalCluster
 
+from mmextract.engine.versions import WorkerMismatchError, find_versions
+from mmextract.probes import on_cluster
 from mmextract.probes.on_cluster import map_cells
 from tests.engine.cluster_runs import local_cluster, worker_pids
 
@@ -72,6 +74,15 @@ def test_a_task_that_fails_is_raised_and_leaves_nothing_on_the_workers(
     with pytest.raises(kind, match=r"layer \d of 10 is not there"):
         map_cells(client, refuse, 10, CELLS, patience=60, on_progress=lambda n: None)
     assert not any(find_shared(client))
+
+
+def test_a_worker_of_other_versions_is_named(
+    client: Client, add: Function, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.wait_for_workers(1, timeout=60)
+    monkeypatch.setattr(on_cluster, "find_versions", lambda: {**find_versions(), "torch": "1.0"})
+    with pytest.raises(WorkerMismatchError, match=r"worker tcp://\S+ has torch 2\S+, this process has 1\.0"):
+        map_cells(client, add, 10, CELLS, patience=60, on_progress=lambda n_cells: None)
 
 
 def test_an_interrupted_run_leaves_nothing_on_the_workers(client: Client, add: Function) -> None:
