@@ -6,10 +6,12 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client, Future, LocalCluster
 
+from mmextract.engine import cluster
 from mmextract.engine.versions import WorkerMismatchError, find_versions
 from mmextract.probes import on_cluster
 from mmextract.probes.on_cluster import map_cells
@@ -61,6 +63,30 @@ def test_a_worker_that_dies_as_a_run_ends_does_not_cost_its_results(client: Clie
 
     found = map_cells(client, add, 10, CELLS, patience=60, on_progress=kill_at_the_end)
     assert found == {cell: (10 + cell[0], "last") for cell in CELLS}
+
+
+def test_a_result_that_dies_before_it_is_fetched_is_computed_again(
+    client: Client, add: Function, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.wait_for_workers(2, timeout=60)
+    monkeypatch.setattr(cluster, "SECONDS_TO_FETCH", 1)
+    take, outcomes = cluster._take, list[object]()
+
+    def kill_and_take(future: Future[Any]) -> Any:
+        if not outcomes:  # all who may hold it, just after they said that it is done
+            for pid in worker_pids(client).values():
+                os.kill(pid, signal.SIGKILL)
+        try:
+            outcomes.append(take(future))
+        except TimeoutError as error:
+            outcomes.append(error)
+            raise
+        return outcomes[-1]
+
+    monkeypatch.setattr(cluster, "_take", kill_and_take)
+    found = map_cells(client, add, 10, CELLS, patience=60, on_progress=lambda n_cells: None)
+    assert found == {cell: (10 + cell[0], "last") for cell in CELLS}
+    assert isinstance(outcomes[0], TimeoutError) and len(outcomes) > len(CELLS)
 
 
 @pytest.mark.parametrize("kind", [ValueError, FileNotFoundError])
