@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 from distributed import Client, LocalCluster
+from numpy.typing import NDArray
 
 from mmextract.cli.probe import probe
-from mmextract.probes import command_cost, planning
+from mmextract.probes import command_cost, kept_cost, planning
 from mmextract.probes.command_cost import (
     check_command,
     choose_threads,
@@ -20,14 +23,16 @@ from mmextract.probes.command_cost import (
 )
 from mmextract.probes.description import DescriptionSettings
 from mmextract.probes.kept_cost import kept_bytes
-from mmextract.probes.run import plan_probe
+from mmextract.probes.run import plan_probe, run_probe
 from mmextract.probes.settings import ProbeSettings
 from tests.probes.test_planning import noise_store
 
 SETTINGS = DescriptionSettings()
 COMMAND = """
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from mmextract.cli.main import main
 from mmextract.probes import command_cost, run
 
@@ -62,7 +67,6 @@ NOTHING = ["--no-separability", "--projections", "none"]
         pytest.param(1000, 1500, 2, False, ["--compare", "other.zarr", *PCA], id="compared"),
         pytest.param(4000, 100, 1, False, ["--stream", "always", *PCA], id="streamed"),
         pytest.param(100, 8, 100, False, NOTHING, id="many layers"),
-        pytest.param(4000, 8, 12, False, ["--group", "none", "--repeats", "3", *NOTHING], id="many groups"),
     ],
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
@@ -134,6 +138,30 @@ def test_workers_of_a_cluster_that_cannot_describe_are_refused(
         monkeypatch.setattr(command_cost, "describing_bytes", lambda *_: 9 << 30)
         with pytest.raises(ValueError, match=r"may use 4.00 GiB, and to describe .*--no-separability"):
             check_command([plan], SETTINGS, client=client)
+
+
+@pytest.mark.parametrize(
+    ("settings", "compared"),
+    [
+        pytest.param(ProbeSettings(permutations=20), False, id="default"),
+        pytest.param(ProbeSettings(permutations=20), True, id="compared"),
+        pytest.param(ProbeSettings(group="none", repeats=3, permutations=0), False, id="many groups"),
+        pytest.param(ProbeSettings(repeats=1, penalties=(0.1,), permutations=0), False, id="one repeat"),
+    ],
+)
+def test_scores_take_what_was_predicted(store: Path, settings: ProbeSettings, compared: bool) -> None:
+    settings = replace(settings, layers=(0, 1), positions=("last",))
+    plan = plan_probe(store, settings, compare_with=store if compared else None)
+    arrays: list[NDArray[Any] | None] = []
+    for cell in run_probe(plan).values():
+        for task in cell.tasks:
+            arrays += [*task.deviations.values(), task.decisions, task.folds]
+            arrays += [task.y] if task.decisions is not None else []  # others share the label's
+        for test in cell.tests.values():
+            arrays += [test.null, *(a for null in test.nulls.values() for a in (null.values, null.errors))]
+    held = sum(array.nbytes for array in arrays if array is not None)
+    predicted = len(plan.cells) * (kept_cost._decided_bytes(plan) + kept_cost._moved_bytes(plan))
+    assert held <= predicted <= 1.25 * held
 
 
 def test_what_is_kept_grows_with_what_is_asked_for(store: Path) -> None:
