@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from distributed import Client
 
 from mmextract.engine.store import open_store
 from tests.cli.conftest import Ran
@@ -106,6 +107,26 @@ def test_probes_on_a_cluster_score_as_here(run: Run, cluster: Path, tmp_path: Pa
     there = run("probe", store, *options, "-o", tmp_path / "there", "--scheduler-file", cluster)
     assert here.code == there.code == 0, there.err
     assert json.loads(here.out)["rows"] == json.loads(there.out)["rows"]
+
+
+def test_a_scheduler_that_dies_during_a_probe_is_said_once_and_clearly(tmp_path: Path) -> None:
+    store = make_paired_store(tmp_path / "store.zarr", signals=[[0, 0], [0, 1.0]])
+    command = [str(Path(sys.executable).parent / "mmextract"), "probe", str(store), "--permutations", "20000"]
+    with scheduler(tmp_path) as file, dask(*worker_options(file), "--local-directory", tmp_path):
+        process = subprocess.Popen(
+            [*command, "--scheduler-file", str(file), "-o", str(tmp_path / "out")],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        with Client(json.loads(file.read_text())["address"]) as client:
+            deadline = time.monotonic() + 120
+            while not any(client.processing().values()) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            os.kill(client.run_on_scheduler(os.getpid), signal.SIGKILL)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 1, error
+    assert error.count(b"the connection to the scheduler was lost") == 1
+    assert b"Traceback" not in error and not (tmp_path / "out").exists()
 
 
 def free_port() -> int:
