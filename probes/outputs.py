@@ -240,7 +240,10 @@ def to_parquet(table: pa.Table) -> bytes:
 
 
 def replace_all(folder: Path, contents: Mapping[str, Content]) -> list[Path]:
-    """Write every file under a temporary name, then put all in place, in the order given."""
+    """Write every file under a temporary name, then put all in place, in the order given.
+
+    Raises OSError, which names a path, if that fails; before the first is in place, none was replaced.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in contents}
     try:
@@ -252,6 +255,10 @@ def replace_all(folder: Path, contents: Mapping[str, Content]) -> list[Path]:
                     content(file)
         for name, path in temporary.items():
             path.replace(folder / name)
+    except OSError as error:  # those of writing do not say where
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(folder)) from error
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)

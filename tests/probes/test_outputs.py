@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow.csv
@@ -10,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmextract.probes import score_table
-from mmextract.probes.outputs import FILES, fingerprint, make_record, write_outputs
+from mmextract.probes.outputs import FILES, fingerprint, make_record, replace_all, write_outputs
 from mmextract.probes.rows import COLUMNS
 from mmextract.probes.summary import Summary
 
@@ -120,3 +122,16 @@ def test_a_folder_that_cannot_be_made_is_an_error(summary: Summary, tmp_path: Pa
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         write_outputs(summary, make_record(summary, "x"), tmp_path / "file" / "probe")
+
+
+def test_a_disk_that_is_full_is_named_and_leaves_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"old")
+
+    def fill(file: IO[bytes]) -> None:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}'"):
+        replace_all(tmp_path, {"a.csv": b"new", "b.parquet": fill})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
+    assert (tmp_path / "a.csv").read_bytes() == b"old"
